@@ -1,0 +1,147 @@
+"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one. Used by the trainer and the export.
+
+A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
+run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
+`staging_step_NNNNNN`, made durable, and renamed last, so a folder without a manifest that matches does not exist for
+resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest is verified.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+MANIFEST = "manifest.json"
+STAGING = "staging_"
+
+
+def sha256(path):
+    """Return the SHA-256 of the file `path` as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder, pattern):
+    """Return one SHA-256 over the names and contents of the files in `folder` that match the glob `pattern`."""
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(Path(folder).glob(pattern))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def on_every_rank(value):
+    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def together(action):
+    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
+    reason = None
+    try:
+        result = action()
+    except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
+        reason = f"{type(error).__name__}: {error}"
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
+    if reasons:
+        raise OSError("; ".join(reasons))
+    return result
+
+
+def durable(path):
+    """Ask the operating system to put the file or folder `path` on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(folder, step, state, facts, keep):
+    """Write the checkpoint of `step` into `folder` and delete all but the newest `keep`. All ranks call it.
+
+    state: flat dict of str to DTensor or tensor; each rank writes its own shards, nothing is gathered.
+    facts: dict for `facts.json`.
+    Returns: Path of the finished checkpoint. Raises: OSError, with the older checkpoints untouched, if a write fails.
+    """
+    final = Path(folder) / f"step_{step:06d}"
+    staging = Path(folder) / f"{STAGING}{final.name}"
+    rank0 = not dist.is_initialized() or dist.get_rank() == 0
+
+    def prepare():
+        if rank0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+
+    def finish():
+        if rank0:
+            (staging / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            entries = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(staging.iterdir())}
+            (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            for path in [*staging.iterdir(), staging]:
+                durable(path)
+            shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
+            staging.rename(final)
+            durable(final.parent)
+            for old in listed(folder)[keep:]:
+                shutil.rmtree(old)
+
+    together(prepare)
+    together(lambda: dcp.save(state, checkpoint_id=str(staging)))
+    together(finish)
+    return final
+
+
+def listed(folder):
+    """Return the Paths of the `step_NNNNNN` folders in `folder`, newest first, whole or not."""
+    found = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def defect(checkpoint):
+    """Return why the folder `checkpoint` is not a whole checkpoint, as a phrase, or None if it is whole."""
+    checkpoint = Path(checkpoint)
+    try:
+        entries = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        entries = {str(name): (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: its save never finished"
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    if not {".metadata", "facts.json"} <= entries.keys():
+        return f"its {MANIFEST} names no .metadata or no facts.json"
+    for name, (size, digest) in entries.items():
+        path = checkpoint / name
+        if Path(name).name != name or not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != digest:
+            return f"its file {name} was changed after it was written (SHA-256 differs)"
+    return None
+
+
+def verify(checkpoint):
+    """Return the facts (dict) of a whole checkpoint. Raises: SystemExit, with what is wrong, if it is not whole."""
+    if not Path(checkpoint).is_dir():
+        raise SystemExit(f"{checkpoint}: no such checkpoint folder.")
+    problem = defect(checkpoint)
+    if problem:
+        raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
+    return json.loads((Path(checkpoint) / "facts.json").read_text(encoding="utf-8"))
+
+
+def newest_whole(folder, say=print):
+    """Return the Path of the newest whole checkpoint in `folder`, or None; `say` is told of each one passed over."""
+    for checkpoint in listed(folder):
+        problem = defect(checkpoint)
+        if problem is None:
+            return checkpoint
+        say(f"WARNING: {checkpoint} is passed over: {problem}.")
+    return None
