@@ -26,15 +26,10 @@ def constants(path):
                 title = re.fullmatch(r"# -+ (.+?) -+", line)
                 group = title[1] if title else group
             seen = node.end_lineno
-            # The comment stands behind a one-line value or after the opening bracket of a longer one, and may go on in
-            # indented comment lines below. Columns of the ast are bytes.
-            one_line = node.lineno == node.end_lineno
-            tail = lines[node.lineno - 1].encode()[node.end_col_offset if one_line else 0 :].decode()
-            comment = [tail.partition("#")[2].strip()]
-            while seen < len(lines) and re.match(r"\s+# ", lines[seen]):
-                comment.append(lines[seen].strip().lstrip("# "))
-                seen += 1
-            yield group, node.targets[0].id, " ".join(comment)
+            # The comment stands behind a one-line value or after the opening bracket of a longer one. Columns of the
+            # ast are bytes.
+            start = node.end_col_offset if node.lineno == node.end_lineno else 0
+            yield group, node.targets[0].id, lines[node.lineno - 1].encode()[start:].decode().partition("#")[2].strip()
 
 
 def from_flags(module):

@@ -64,8 +64,7 @@ SEED = 42  # order of the sequences
 # ---- Memory and speed ----
 TOKENS_PER_MICRO_BATCH = 8192  # tokens per forward on one rank; lower it first when memory runs out
 ACTIVATION_CHECKPOINTING = True  # recompute each block in the backward: about a third more work, far less memory
-MEMORY_POLICY = "per_step"  # "per_step": gather parameters and reduce gradients once per optimizer step
-# "per_micro_batch": in each micro-batch, holding neither parameters nor gradients whole (about 6 GB less at 1B)
+MEMORY_POLICY = "per_step"  # how often ranks communicate: "per_step" | "per_micro_batch" (slower, 6 GB less at 1B)
 COMPUTE_DTYPE = "bfloat16"  # "bfloat16" | "float32" of forward and backward; masters and moments are always float32
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
