@@ -511,13 +511,14 @@ class Log:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write(self, line):
-        """Record `line`: {"step": int, name: number, ...}."""
+        """Record `line`: {"step": int, name: number, ...}; a number that is not finite becomes null."""
         if not self.on:
             return
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.board.add_scalar(name, value, line["step"])
 
     def advance(self, line):
@@ -543,7 +544,7 @@ class Log:
         lines = self.read()
         axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
         for name, style in (("loss", "-"), ("validation_loss", "o-")):
-            points = [(line["step"], line[name]) for line in lines if name in line]
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=4)
         axes.set(xlabel="optimizer step", ylabel="cross-entropy per trainable token (nats)")
