@@ -327,7 +327,7 @@ def read_json(path, made_by):
 def agree(data_dir, base_model):
     """Check that data, tokenizer and base belong together.
 
-    Returns: fingerprints, dict of SHA-256 digests under "data", "tokenizer" and "base".
+    Returns: (report.json as a dict, fingerprints: dict of SHA-256 digests under "data", "tokenizer" and "base").
     Raises: SystemExit naming the script to run again.
     """
     report = read_json(Path(data_dir) / "report.json", "prepare_data.py")
@@ -348,7 +348,7 @@ def agree(data_dir, base_model):
         raise SystemExit(
             f"The tokenizers of {data_dir} and {base_model} differ. Run resize_vocab.py again for this data."
         )
-    return {
+    return report, {
         "data": json.dumps(report.get("digest"), sort_keys=True),
         "tokenizer": digests["prepare_data.py"],
         "base": checkpoints.folder_digest(base_model, "*.safetensors"),
@@ -552,11 +552,10 @@ class Log:
         figure.savefig(self.path.with_name("loss.png"), dpi=120)
 
 
-def describe(batches, run, total_steps, model):
+def describe(batches, run, total_steps, model, max_seq_len):
     """Return the start-up lines: what will be trained, and the step as sequences, real tokens and padded slots."""
     per_step, mean = run["SEQUENCES_PER_STEP"], batches.lengths.mean()
-    longest = int(batches.lengths.max())
-    slots, real = per_step * longest, per_step * mean
+    slots, real = per_step * max_seq_len, per_step * mean
     tokens = total_steps * real
     hours = tokens / run["EXPECTED_TOKENS_PER_SECOND"] / 3600
     params = sum(p.numel() for p in model.parameters())
@@ -566,8 +565,8 @@ def describe(batches, run, total_steps, model):
             f"ranks      {dist.get_world_size()} on {batches.device.type}, {run['TOKENS_PER_MICRO_BATCH']:,} tokens "
             f"per micro-batch, communication {run['MEMORY_POLICY']}",
             f"data       {len(batches.lengths):,} sequences, {int(batches.lengths.sum()):,} tokens, mean {mean:.0f}",
-            f"step       {per_step} sequences = about {real:,.0f} real tokens (padded to the longest, {longest}, it "
-            f"would be {slots:,} slots, {1 - real / slots:.0%} of them padding)",
+            f"step       {per_step} sequences = about {real:,.0f} real tokens (padded to {max_seq_len} each, it would "
+            f"be {slots:,} slots, {1 - real / slots:.0%} of them padding)",
             f"run        {total_steps:,} steps, about {tokens / 1e6:,.1f}M tokens; {hours:.1f} h at "
             f"{run['EXPECTED_TOKENS_PER_SECOND']:,} tokens/s",
             f"checkpoint {params * 12 / 2**30:.1f} GiB each, {run['KEEP_CHECKPOINTS']} kept in {run['OUTPUT_DIR']}",
@@ -676,7 +675,7 @@ def main(run):
     if device.type == "cuda" and COMPUTE_DTYPE == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
     rank0 = dist.get_rank() == 0
-    fingerprints = agree(DATA_DIR, BASE_MODEL)
+    report, fingerprints = agree(DATA_DIR, BASE_MODEL)
     facts = {"fingerprints": fingerprints, "settings": run, "versions": versions(), "updates": 0}
     facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL}
     check_output(OUTPUT_DIR, facts)
@@ -704,7 +703,7 @@ def main(run):
         if problem:
             raise SystemExit(f"Not enough disk for {OUTPUT_DIR}: {problem}.")
         (Path(OUTPUT_DIR) / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        print(describe(batches, run, total_steps, model))
+        print(describe(batches, run, total_steps, model, report["max_seq_len"]))
         print(f"continue   {checkpoint}, {step:,} steps done" if checkpoint else "start      from the base", flush=True)
     if step >= total_steps:
         if rank0:

@@ -58,13 +58,16 @@ def sequences(number, vocab_size, seed=0):
 
 def write_data(folder, vocab_size=515, train=None, digest="a"):
     split = {}
-    for name, (ids, masks) in {"train": train or sequences(200, vocab_size), "validation": sequences(20, 515, seed=1)}.items():
+    for name, (ids, masks) in {
+        "train": train or sequences(200, vocab_size),
+        "validation": sequences(20, 515, seed=1),
+    }.items():
         columns = {"input_ids": ids, "assistant_masks": masks, "source": ["x"] * len(ids)}
         split[name] = datasets.Dataset.from_dict(columns, features=FEATURES)
     datasets.DatasetDict(split).save_to_disk(folder)
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
-    report = {"tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(), "vocab_size": vocab_size}
+    report = {"tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(), "vocab_size": vocab_size, "max_seq_len": 64}
     (folder / "report.json").write_text(json.dumps(report | {"digest": {"train": digest, "validation": "b"}}))
     return folder
 
@@ -259,7 +262,7 @@ def test_the_loss_falls_and_the_start_up_lines_say_what_will_happen(work, two_ra
     assert [line["step"] for line in lines] == list(range(31))
     assert lines[30]["loss"] < lines[1]["loss"] - 0.5
     assert lines[30]["validation_loss"] < lines[0]["validation_loss"] - 0.5
-    assert "32 sequences = about 1,193 real tokens (padded to the longest, 63, it would be 2,016 slots" in two_ranks
+    assert "32 sequences = about 1,193 real tokens (padded to 64 each, it would be 2,048 slots" in two_ranks
     assert "30 steps" in two_ranks and "start      from the base" in two_ranks
     assert [path.name for path in checkpoints.listed(work / "two")] == [f"step_0000{n}0" for n in (3, 2, 1)]
     assert (work / "two" / "loss.png").stat().st_size > 10_000
@@ -440,7 +443,7 @@ def test_impossible_settings_are_refused(name, value, sentence):
 
 def test_what_does_not_belong_together_is_refused(work, tmp_path):
     data, base = write_data(tmp_path / "data"), shutil.copytree(work / "base", tmp_path / "base")
-    assert sft_v1.agree(data, base).keys() == {"data", "tokenizer", "base"}
+    assert sft_v1.agree(data, base)[1].keys() == {"data", "tokenizer", "base"}
     with pytest.raises(SystemExit, match=r"none/report.json is missing. Run prepare_data.py"):
         sft_v1.agree(tmp_path / "none", base)
     with pytest.raises(SystemExit, match=r"none/config.json is missing. Run resize_vocab.py"):
