@@ -1,7 +1,8 @@
 """Turn the UPPER_CASE constants at the top of a script into its command-line flags.
 
 A constant `LEARNING_RATE = 2e-5  # peak learning rate` becomes `--learning-rate 1e-4`; its trailing comment is the
-help text and its value the default. `# ---- Title ----` lines group the flags. By the constant's type:
+help text and its value the default. `# ---- Title ----` lines group the flags; the first `# ==== Title ====` line ends the
+settings. By the constant's type:
 
     int, float, str     one value (an int is accepted where the default is a float)
     bool                --name or --no-name
@@ -17,8 +18,8 @@ import re
 
 
 def constants(path):
-    """Yield (group, name, comment) of each top-level UPPER_CASE assignment in the Python file `path`, in order."""
-    source = open(path, encoding="utf-8").read()
+    """Yield (group, name, comment) of each UPPER_CASE setting at the top of the Python file `path`, in order."""
+    source = open(path, encoding="utf-8").read().partition("\n# ====")[0]
     lines, group, seen = source.splitlines(), "settings", 0
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and re.fullmatch(r"[A-Z][A-Z0-9_]*", getattr(node.targets[0], "id", "")):

@@ -75,7 +75,7 @@ KEEP_CHECKPOINTS = 3  # newest ones kept; one of Genesis has 12 GB
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
 
 
-# ---- Attention: documents laid end to end, none sees another ----
+# ==== Attention: documents laid end to end, none sees another ====
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -108,7 +108,7 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
 
 
-# ---- Model and loss ----
+# ==== Model and loss ====
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -227,7 +227,7 @@ def learning_rate(step, total_steps, peak, floor, warmup_steps):
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-# ---- Data ----
+# ==== Data ====
 
 
 def sequence_lengths(dataset):
@@ -284,7 +284,7 @@ class Batches:
         return batches, facts
 
 
-# ---- Gates: what must hold before any long work ----
+# ==== Gates: what must hold before any long work ====
 
 
 def validate_settings(run):
@@ -404,7 +404,7 @@ def versions():
     }
 
 
-# ---- Checkpoints: the model and the moments, by the model's own names ----
+# ==== Checkpoints: the model and the moments, by the model's own names ====
 
 
 def training_state(model, optimizer):
@@ -444,7 +444,7 @@ def resume(checkpoint, state, fingerprints):
     return facts
 
 
-# ---- Training ----
+# ==== Training ====
 
 
 def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_grad_norm):
@@ -626,7 +626,7 @@ def save(model, optimizer, run, facts, log):
     return True
 
 
-# ---- Start and end ----
+# ==== Start and end ====
 
 
 def start_processes(device):

@@ -25,6 +25,10 @@ TABLE = [  # rows of the table
 _HIDDEN = 1
 lower = 2
 
+# ==== Facts ====
+
+FIXED = 3  # not a setting
+
 if __name__ == "__main__":
     chosen = settings.from_flags(globals())
     print(repr(chosen))
@@ -79,7 +83,7 @@ def test_help_shows_docstring_groups_comments_and_defaults(run):
         "--no-on",
     ):
         assert part in text, text
-    assert "HIDDEN" not in text and "lower" not in text
+    assert "HIDDEN" not in text and "fixed" not in text and "lower" not in text
 
 
 @pytest.mark.parametrize(
