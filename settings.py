@@ -1,8 +1,8 @@
 """Turn the UPPER_CASE constants at the top of a script into its command-line flags.
 
 A constant `LEARNING_RATE = 2e-5  # peak learning rate` becomes `--learning-rate 1e-4`; its trailing comment is the
-help text and its value the default. `# ---- Title ----` lines group the flags; the first `# ==== Title ====` line ends the
-settings. By the constant's type:
+help text and its value the default. `# ---- Title ----` lines group the flags; the first `# ==== Title ====` line ends
+the settings. By the constant's type:
 
     int, float, str     one value (an int is accepted where the default is a float)
     bool                --name or --no-name

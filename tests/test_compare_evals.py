@@ -1,0 +1,350 @@
+"""compare_evals.py on folders shaped like lm_eval's, with scores made up for each test."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare_evals
+
+SCRIPT = Path(__file__).parents[1] / "compare_evals.py"
+TIME = "2026-01-02T03-04-05.678901"
+
+
+def write_run(folder, tasks, groups=None, change=None, choices=4, time=TIME):
+    """Write an lm_eval result: tasks = {task: {metric: scores per question}}, groups = {group: [tasks]}.
+
+    `change(results)` edits the results JSON before it is written.
+    """
+    model = folder / "models__x"
+    model.mkdir(parents=True, exist_ok=True)
+    results, configs = {}, {}
+    for task, metrics in tasks.items():
+        (n,) = {len(scores) for scores in metrics.values()}
+        entry = results[task] = {"name": task, "alias": task, "sample_len": n}
+        for metric, scores in metrics.items():
+            mean = sum(scores) / n
+            stderr = math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n)
+            if metric == "perplexity":
+                mean, stderr = math.exp(-mean), math.exp(-mean) * stderr
+            entry |= {f"{metric},none": mean, f"{metric}_stderr,none": stderr}
+        with (model / f"samples_{task}_{time}.jsonl").open("w") as file:
+            for i in range(n):
+                sample = {"doc_id": i, "doc": {"q": i}, "filter": "none", "filtered_resps": [["-1.0", "False"]]}
+                sample["arguments"] = {f"gen_args_{c}": {} for c in range(choices)}
+                file.write(json.dumps(sample | {metric: scores[i] for metric, scores in metrics.items()}) + "\n")
+        configs[task] = {"output_type": "multiple_choice", "metric_list": [{"metric": metric} for metric in metrics]}
+    for group, members in (groups or {}).items():
+        scores = [s for task in leaf_tasks(groups, members) for s in tasks[task]["acc"]]
+        results[group] = {"alias": group, "acc,none": sum(scores) / len(scores), "acc_stderr,none": 0.0036}
+    document = {
+        "results": results,
+        "group_subtasks": groups or {},
+        "configs": configs,
+        "versions": dict.fromkeys(results, 1.0),
+        "n-shot": dict.fromkeys(results, 0),
+        "higher_is_better": {task: {m: m != "perplexity" for m in metrics} for task, metrics in tasks.items()},
+        "config": {
+            "model_args": {"pretrained": str(folder), "dtype": "bfloat16"},
+            "model_dtype": "torch.bfloat16",
+            "batch_size": "auto:2",
+            "limit": None,
+        },
+        "lm_eval_version": "0.4.13",
+        "model_name": folder.name,
+        "task_hashes": dict.fromkeys(tasks, "same"),
+    }
+    if change:
+        change(document)
+    (model / f"results_{time}.json").write_text(json.dumps(document))
+    (folder / "run.json").write_text(
+        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name}})
+    )
+
+
+def leaf_tasks(groups, members):
+    return [leaf for m in members for leaf in (leaf_tasks(groups, groups[m]) if m in groups else [m])]
+
+
+def share(right, n):
+    """n answers, the first `right` of them right."""
+    return [1.0] * right + [0.0] * (n - right)
+
+
+def compare(tmp_path, *flags):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
+
+
+def pair(tmp_path, before, after, **options):
+    write_run(tmp_path / "eval-results/before", before, **options)
+    write_run(tmp_path / "eval-results/after", after, **options)
+
+
+def rows_of(tmp_path):
+    return json.loads((tmp_path / "eval-results/comparison.json").read_text())["rows"]
+
+
+def refused(tmp_path, *flags):
+    """The sentence with which the script refuses."""
+    done = compare(tmp_path, *flags)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "eval-results/comparison.md").exists()
+    return done.stderr
+
+
+# ---- The published baseline ----
+
+# Right answers out of each task's real number of questions: they give every published score.
+published = {
+    "arc_challenge": {"acc": share(250, 1172), "acc_norm": share(304, 1172)},
+    "arc_easy": {"acc": share(600, 2376), "acc_norm": share(600, 2376)},
+    "hellaswag": {"acc": share(2570, 10042), "acc_norm": share(2615, 10042)},
+    "piqa": {"acc": share(985, 1838), "acc_norm": share(900, 1838)},
+    "winogrande": {"acc": share(618, 1267)},
+    "lambada_openai": {
+        "acc": share(0, 5152),
+        "perplexity": [-math.log(3360048) + (0.5 if i % 2 else -0.5) for i in range(5152)],
+    },
+    "mmlu_h": {"acc": share(1155, 4705)},
+    "mmlu_st": {"acc": share(867, 3153)},
+    "mmlu_so": {"acc": share(818, 3077)},
+    "mmlu_ot": {"acc": share(764, 3107)},
+}
+mmlu = {
+    "mmlu_humanities": ["mmlu_h"],
+    "mmlu_stem": ["mmlu_st"],
+    "mmlu_social_sciences": ["mmlu_so"],
+    "mmlu_other": ["mmlu_ot"],
+    "mmlu": ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"],
+}
+
+
+def test_published_table_in_its_rows_and_rounding(tmp_path):
+    pair(tmp_path, published, published, groups=mmlu)
+    done = compare(tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    table = [(task, metric, before.split(" ± ")[0], chance) for task, metric, _, chance, before, *_ in lines[2:]]
+    assert table == [
+        ("ARC-Challenge", "acc_norm", "0.2594", "0.25"),
+        ("ARC-Easy", "acc_norm", "0.2525", "0.25"),
+        ("HellaSwag", "acc_norm", "0.2604", "0.25"),
+        ("PIQA", "acc", "0.5359", "0.50"),
+        ("Winogrande", "acc", "0.4878", "0.50"),
+        ("Lambada (OpenAI)", "acc", "0.0000", "-"),
+        ("Lambada (OpenAI)", "perplexity", "3,360,048", "-"),
+        ("MMLU (overall)", "acc", "0.2567", "0.25"),
+        ("MMLU: Humanities", "acc", "0.2455", "0.25"),
+        ("MMLU: STEM", "acc", "0.2750", "0.25"),
+        ("MMLU: Social Sciences", "acc", "0.2658", "0.25"),
+        ("MMLU: Other", "acc", "0.2459", "0.25"),
+    ]
+    # DESIGN's reading of that table: HellaSwag and PIQA are above chance by two standard errors, most others are not.
+    above = {line[0]: line[-1] for line in lines[2:]}
+    assert (above["HellaSwag"], above["PIQA"], above["ARC-Challenge"], above["Winogrande"]) == (
+        "both",
+        "both",
+        "neither",
+        "neither",
+    )
+    assert {line[-2] for line in lines[2:]} == {"no difference seen"}
+    assert "cannot read plain text" in done.stdout
+    assert (tmp_path / "eval-results/comparison.md").read_text(encoding="utf-8").strip() in done.stdout
+    assert (tmp_path / "eval-results/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- The paired difference ----
+
+
+def test_paired_difference_by_hand(tmp_path):
+    before = {"persona": {"acc": [0.0] * 60 + [1.0] * 40}, "facts": {"acc": share(50, 100)}}
+    after = {"persona": {"acc": [1.0] * 40 + [0.0] * 20 + [1.0] * 35 + [0.0] * 5}, "facts": {"acc": share(49, 100)}}
+    pair(tmp_path, before, after)
+    assert compare(tmp_path).returncode == 0
+    persona, facts = rows_of(tmp_path)
+    found = persona["paired"]
+    # 40 gained, 5 lost of 100: mean 0.35, variance (45 - 100 * 0.35**2) / 99
+    stderr = math.sqrt((45 - 100 * 0.35**2) / 99 / 100)
+    assert (found["ups"], found["downs"]) == (40, 5)
+    assert found["difference"] == pytest.approx(0.35) and found["stderr"] == pytest.approx(stderr)
+    assert found["interval"] == pytest.approx([0.35 - 1.96 * stderr, 0.35 + 1.96 * stderr])
+    assert found["difference"] / found["stderr"] > 2 and persona["verdict"] == "better"
+    assert persona["chance"] == 0.25
+    assert facts["paired"]["difference"] == pytest.approx(-0.01) and facts["verdict"] == "no difference seen"
+    flips = [json.loads(line) for line in (tmp_path / "eval-results/flips.jsonl").read_text().splitlines()]
+    assert len(flips) == 46 and flips[0] == {
+        "task": "persona", "metric": "acc", "before": 0.0, "after": 1.0, "doc": {"q": 0},
+    }  # fmt: skip
+
+
+def test_perplexity_on_a_log_scale_lower_is_better(tmp_path):
+    before = [-3.0 - 0.01 * (i % 7) for i in range(70)]
+    pair(
+        tmp_path,
+        {"lambada_openai": {"acc": share(10, 70), "perplexity": before}},
+        {
+            "lambada_openai": {
+                "acc": share(10, 70),
+                "perplexity": [x + 0.5 + 0.001 * (i % 5) for i, x in enumerate(before)],
+            }
+        },
+    )
+    assert compare(tmp_path).returncode == 0
+    _, row = rows_of(tmp_path)
+    assert row["paired"]["difference"] == pytest.approx(-0.502) and row["verdict"] == "better"
+    assert row["before"]["value"] == pytest.approx(math.exp(3.03)) and row["chance"] is None
+
+
+def test_sign_test_is_exact():
+    assert compare_evals.sign_test(0, 0) == 1
+    assert compare_evals.sign_test(2, 0) == 0.5
+    assert compare_evals.sign_test(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert compare_evals.sign_test(3000, 3000) == 1
+
+
+def test_holm_corrects_for_the_number_of_rows():
+    def rows(*p_values):
+        made = [{"paired": {"p": p, "difference": 0.1}, "higher_is_better": True} for p in p_values]
+        compare_evals.give_verdicts(made, 0.05)
+        return [row["verdict"][:6] for row in made]
+
+    assert rows(0.04) == ["better"]
+    assert rows(0.04, 0.5) == ["no dif", "no dif"]
+    assert rows(0.5, 0.02, 0.026) == ["no dif"] * 3
+    assert rows(0.03, 0.01, 0.02) == ["better"] * 3  # 0.01 <= 0.05 / 3, 0.02 <= 0.05 / 2, 0.03 <= 0.05
+
+
+def test_own_group_is_paired_over_all_its_questions_and_shows_its_tasks(tmp_path):
+    tasks = {"one": {"acc": share(1, 4)}, "two": {"acc": share(10, 20)}}
+    pair(tmp_path, tasks, {"one": {"acc": share(3, 4)}, "two": {"acc": share(10, 20)}}, groups={"both": ["one", "two"]})
+    assert compare(tmp_path).returncode == 0
+    rows = {row["task"]: row for row in rows_of(tmp_path)}
+    assert set(rows) == {"one", "two", "both"} and rows["both"]["questions"] == 24
+    assert rows["both"]["paired"]["difference"] == pytest.approx(2 / 24)
+    assert len((tmp_path / "eval-results/flips.jsonl").read_text().splitlines()) == 2  # once, not again for the group
+
+
+def test_group_of_another_average_is_shown_without_a_verdict(tmp_path):
+    def unweighted(document):
+        document["results"]["both"]["acc,none"] = 0.375
+
+    tasks = {"one": {"acc": share(1, 4)}, "two": {"acc": share(10, 20)}}
+    pair(tmp_path, tasks, tasks, groups={"both": ["one", "two"]}, change=unweighted)
+    assert compare(tmp_path).returncode == 0
+    assert {row["task"]: row["verdict"] for row in rows_of(tmp_path)}["both"] == "not tested"
+
+
+def test_other_task_shows_all_its_metrics_and_chance_from_its_choices(tmp_path):
+    tasks = {"mine": {"acc": share(3, 9), "acc_norm": share(4, 9)}}
+    pair(tmp_path, tasks, tasks, choices=3)
+    assert compare(tmp_path).returncode == 0
+    assert [(row["metric"], round(row["chance"], 4)) for row in rows_of(tmp_path)] == [
+        ("acc", 0.3333),
+        ("acc_norm", 0.3333),
+    ]
+
+
+def test_quick_look_and_other_batch_size_are_marked(tmp_path):
+    tasks = {"mine": {"acc": share(3, 9)}}
+
+    def limited(batch_size):
+        return lambda document: document["config"].update(limit=9.0, batch_size=batch_size)
+
+    write_run(tmp_path / "eval-results/before", tasks, change=limited("8"))
+    write_run(tmp_path / "eval-results/after", tasks, change=limited("16"))
+    done = compare(tmp_path)
+    assert (
+        done.returncode == 0 and "LIMIT=9" in done.stdout and "batch_size differs (8 before, 16 after)" in done.stdout
+    )
+
+
+def test_newest_of_two_results_is_used(tmp_path):
+    write_run(tmp_path / "eval-results/before", {"mine": {"acc": share(3, 9)}}, time="2025-01-01T00-00-00.000000")
+    pair(tmp_path, {"mine": {"acc": share(6, 9)}}, {"mine": {"acc": share(6, 9)}})
+    done = compare(tmp_path)
+    assert "holds 2 results; the newest is used" in done.stdout
+    assert rows_of(tmp_path)[0]["before"]["value"] == pytest.approx(6 / 9)
+
+
+# ---- Bad input ----
+
+mine = {"mine": {"acc": share(3, 9)}}
+
+
+def edit(part, **values):
+    return lambda document: document[part].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (edit("versions", mine=2.0), "version of mine: 1.0 before, 2.0 after"),
+        (edit("n-shot", mine=5), "few-shot of mine: 0 before, 5 after"),
+        (edit("config", limit=3.0), "limit: None before, 3.0 after"),
+        (edit("config", model_dtype="torch.float32"), "model_dtype: torch.bfloat16 before, torch.float32 after"),
+        (edit("config", model_args={"pretrained": "x", "add_bos_token": True}), "model arguments: "),
+        (edit("task_hashes", mine="other"), "hash of the prompts of mine"),
+        (lambda document: document.update(chat_template_sha="abc"), "chat_template_sha: None before, abc after"),
+        (lambda document: document.update(lm_eval_version="0.4.9"), "lm_eval: 0.4.13 before, 0.4.9 after"),
+        (lambda document: document["results"].update(extra={"acc,none": 1.0}), "tasks: mine before, extra, mine after"),
+    ],
+)
+def test_runs_measured_differently_are_refused(tmp_path, change, says):
+    write_run(tmp_path / "eval-results/before", mine)
+    write_run(tmp_path / "eval-results/after", mine, change=change)
+    sentence = refused(tmp_path)
+    assert "measured differently" in sentence and says in sentence
+
+
+def test_other_bos_policy_is_refused(tmp_path):
+    pair(tmp_path, mine, mine)
+    (tmp_path / "eval-results/after/run.json").write_text('{"adds_bos": true}')
+    assert "BOS put before each prompt: False before, True after" in refused(tmp_path)
+
+
+def test_missing_or_broken_files_have_their_sentence(tmp_path):
+    assert "There is no folder eval-results/before" in refused(tmp_path)
+    (tmp_path / "eval-results/before").mkdir(parents=True)
+    assert "lm_eval did not finish there" in refused(tmp_path)
+    pair(tmp_path, mine, mine)
+    assert "between 0 and 1" in refused(tmp_path, "--family-error", "2.0")
+    folder = tmp_path / "eval-results/after/models__x"
+    samples, results = folder / f"samples_mine_{TIME}.jsonl", folder / f"results_{TIME}.json"
+    whole = samples.read_text()
+    samples.write_text(whole[:-20])
+    assert "line 9, is not a logged question" in refused(tmp_path)
+    samples.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert "The logged questions of mine differ" in refused(tmp_path)
+    samples.write_text(whole.replace('"-1.0"', '"nan"'))
+    assert "line 1: the model answered NaN" in refused(tmp_path)
+    samples.unlink()
+    assert "The logged questions of mine are missing" in refused(tmp_path)
+    results.write_text(results.read_text()[:100])
+    assert "is not whole JSON" in refused(tmp_path)
+    results.write_text("{}")
+    assert "is not a results file of lm_eval" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "says"), [(None, "is missing"), (math.nan, "is nan"), (math.inf, "is inf")])
+def test_missing_or_nan_metric_is_refused(tmp_path, value, says):
+    def change(document):
+        entry = document["results"]["piqa"]
+        if value is None:
+            del entry["acc,none"]
+        else:
+            entry["acc,none"] = value
+
+    pair(tmp_path, {"piqa": {"acc": share(3, 9)}}, {"piqa": {"acc": share(3, 9)}}, change=change)
+    assert f"The metric acc of piqa {says}" in refused(tmp_path)
+
+
+def test_samples_of_another_run_are_refused(tmp_path):
+    pair(tmp_path, {"piqa": {"acc": share(3, 9)}}, {"piqa": {"acc": share(3, 9)}}, change=None)
+    path = tmp_path / f"eval-results/after/models__x/samples_piqa_{TIME}.jsonl"
+    path.write_text(path.read_text().replace('"acc": 1.0', '"acc": 0.0'))
+    assert "its logged questions give another value" in refused(tmp_path)
