@@ -1,4 +1,4 @@
-"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one. Used by the trainer and the export.
+"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one; and the same care for other folders.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
@@ -24,6 +24,37 @@ def sha256(path):
     """Return the SHA-256 of the file `path` as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path, made_by):
+    """Return the JSON object in the file `path`. Raises: SystemExit naming the script that makes it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{path} is missing. Run {made_by} first, or name its folder with the flag.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is not readable JSON ({error}). Run {made_by} again.") from None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run {made_by} again.")
+    return value
+
+
+def start_folder(output):
+    """Return an empty folder beside `output` to write into. Raises: SystemExit if `output` already holds something."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
+    staging = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def finish_folder(staging, output):
+    """Give the finished folder `staging` its name `output`."""
+    if Path(output).exists():
+        Path(output).rmdir()
+    staging.rename(output)
 
 
 def folder_digest(folder, pattern):

@@ -29,6 +29,7 @@ from tokenizers import AddedToken, Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+import checkpoints
 import settings
 
 # ---- Files ----
@@ -629,12 +630,6 @@ def validate_settings(run):
             raise SystemExit(f"{name} is {run[name]}; it must be at least {least}.")
 
 
-def check_output(folder):
-    """Refuse to write into a folder that holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SystemExit(f"{folder} is not empty. Move it away, or name another --output-dir.")
-
-
 # ==== A look at the result ====
 
 
@@ -669,11 +664,9 @@ def main(run):
         return
     sources, folder = read_mixture(MIXTURE)
     output = Path(OUTPUT_DIR)
-    check_output(output)
+    staging = checkpoints.start_folder(output)
     tokenizer, adds_bos = extend_tokenizer(BASE_TOKENIZER, TRAIN_ON_SPECIAL_TOKENS, KEEP_PAST_THINKING)
-    staging = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    (staging / "spool").mkdir(parents=True)
+    (staging / "spool").mkdir()
     tokenizer.save_pretrained(staging / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(staging / "tokenizer")  # what others will load
     encoder = Encoder(tokenizer, adds_bos, TRAIN_ON_SPECIAL_TOKENS, KEEP_PAST_THINKING)
@@ -697,7 +690,7 @@ def main(run):
         "settings": run,
         "versions": {"python": platform.python_version()}
         | {m.__name__: m.__version__ for m in (tokenizers, transformers, datasets)},
-        "tokenizer_sha256": hashlib.sha256((staging / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest(),
+        "tokenizer_sha256": checkpoints.sha256(staging / "tokenizer" / "tokenizer.json"),
         "base_tokenizer": BASE_TOKENIZER,
         "vocab_size": len(tokenizer),
         "max_seq_len": MAX_SEQ_LEN,
@@ -707,9 +700,7 @@ def main(run):
     }
     (staging / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (staging / "report.md").write_text(report_markdown(report), encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    staging.rename(output)
+    checkpoints.finish_folder(staging, output)
     print(f"\n{report_markdown(report)}\ndigest: train {digest['train'][:16]}, validation {digest['validation'][:16]}")
     print(f"written: {output}; rejected rows one by one in {output}/rejected.jsonl")
 

@@ -33,17 +33,6 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
-def read_json(path):
-    """Return the JSON object in the file `path`. Raises: SystemExit if it is missing or not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds no JSON object.")
-    return value
-
-
 def load_tokenizer(folder):
     """Return the `Tokenizer` of the file tokenizer.json in `folder`."""
     try:
@@ -75,10 +64,9 @@ def shards(folder):
     """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        files = ["model.safetensors"]
+        files = sorted(set(checkpoints.read_json(index, "your download").get("weight_map", {}).values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
         found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
         raise SystemExit(f"{folder} has no {missing[0]}, but {found[0]}. Only safetensors are read: save it as such.")
@@ -93,7 +81,7 @@ def shards(folder):
 
 
 def check_base(config, layout, folder):
-    """Return whether input and output embedding are tied. Raises: SystemExit if the folder is not a Llama-like model."""
+    """Return whether both embeddings are tied. Raises: SystemExit if the folder is not a Llama-like model."""
     names = [name for tensors in layout.values() for name in tensors]
     tied = config.get("tie_word_embeddings", False)
     if EMBEDDING not in names:
@@ -134,16 +122,17 @@ def write_weights(base, layout, output, change):
 
 def write_configs(base, output, config, tokenizer_dir, tokenizer, rows):
     """Write config.json and generation_config.json that agree with the prepared tokenizer, and copy that tokenizer."""
-    names = read_json(Path(tokenizer_dir) / "tokenizer_config.json")
+    names = checkpoints.read_json(Path(tokenizer_dir) / "tokenizer_config.json", "prepare_data.py")
     ids = {kind: tokenizer.token_to_id(names[f"{kind}_token"]) for kind in ("eos", "pad")}
     before = config.get("eos_token_id")
     generation = base / "generation_config.json"
-    generation = read_json(generation) if generation.is_file() else {}
+    generation = checkpoints.read_json(generation, "your download") if generation.is_file() else {}
     stops = generation.get("eos_token_id", before)
     stops = stops if isinstance(stops, list) else [stops]
     generation["eos_token_id"] = list(dict.fromkeys([ids["eos"], *(stop for stop in stops if stop is not None)]))
     generation["pad_token_id"] = ids["pad"]
-    config |= {"vocab_size": rows, "eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
+    generation.pop("_from_model_config", None)
+    config = config | {"vocab_size": rows, "eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for path in Path(tokenizer_dir).iterdir():
@@ -192,9 +181,8 @@ def verify(base, output, new_ids, real, tied):
 def main(run):
     """Write the resized model as the settings `run` (dict) say, and verify it."""
     base, output = Path(BASE_MODEL), Path(OUTPUT_DIR)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
-    config = read_json(base / "config.json")
+    staging = checkpoints.start_folder(output)
+    config = checkpoints.read_json(base / "config.json", "import_base.py or your download")
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(TOKENIZER)
     new = check_extension(base_tokenizer, tokenizer, TOKENIZER)
     layout = shards(base)
@@ -211,9 +199,6 @@ def main(run):
             return None  # the same tensor as the embedding; a second copy could drift apart
         return resized(tensor, real, new_ids, vocabulary) if name in (EMBEDDING, HEAD) else tensor
 
-    staging = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     write_weights(base, layout, staging, change)
     write_configs(base, staging, config, TOKENIZER, tokenizer, rows)
     facts = {
@@ -227,9 +212,7 @@ def main(run):
     }
     (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     verify(base, staging, new_ids, real, tied)
-    if output.exists():
-        output.rmdir()
-    staging.rename(output)
+    checkpoints.finish_folder(staging, output)
     print(f"{BASE_MODEL} -> {OUTPUT_DIR}: {facts['base_rows']:,} -> {rows:,} rows, {'tied' if tied else 'untied'}")
     for token, place in new.items():
         print(f"  {place:>6}  {token}  = mean of {len(old_ids):,} rows")

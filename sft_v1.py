@@ -311,27 +311,14 @@ def validate_settings(run):
         raise SystemExit(f"MIN_LEARNING_RATE ({run['MIN_LEARNING_RATE']}) is above LEARNING_RATE; swap or lower it.")
 
 
-def read_json(path, made_by):
-    """Return the JSON object in the file `path`. Raises: SystemExit naming the script that makes it."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"{path} is missing. Run {made_by} first, or name its folder with the flag.") from None
-    except ValueError as error:
-        raise SystemExit(f"{path} is not readable JSON ({error}). Run {made_by} again.") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run {made_by} again.")
-    return value
-
-
 def agree(data_dir, base_model):
     """Check that data, tokenizer and base belong together.
 
     Returns: (report.json as a dict, fingerprints: dict of SHA-256 digests under "data", "tokenizer" and "base").
     Raises: SystemExit naming the script to run again.
     """
-    report = read_json(Path(data_dir) / "report.json", "prepare_data.py")
-    config = read_json(Path(base_model) / "config.json", "resize_vocab.py")
+    report = checkpoints.read_json(Path(data_dir) / "report.json", "prepare_data.py")
+    config = checkpoints.read_json(Path(base_model) / "config.json", "resize_vocab.py")
     digests = {}
     for folder, script in ((Path(data_dir) / "tokenizer", "prepare_data.py"), (Path(base_model), "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
@@ -362,7 +349,7 @@ def check_output(output_dir, facts):
         return
     if not (output_dir / "run.json").is_file():
         raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
-    before = read_json(output_dir / "run.json", "sft_v1.py")
+    before = checkpoints.read_json(output_dir / "run.json", "sft_v1.py")
     changed = [
         f"{name} (then {before.get(kind, {}).get(name)}, now {facts[kind][name]})"
         for kind, names in (("fingerprints", facts["fingerprints"]), ("settings", ("SEED", "SEQUENCES_PER_STEP")))
@@ -423,7 +410,7 @@ def resume(checkpoint, state, fingerprints):
 
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
-    facts = read_json(checkpoint / "facts.json", "sft_v1.py")
+    facts = checkpoints.read_json(checkpoint / "facts.json", "sft_v1.py")
     if facts["fingerprints"] != fingerprints:
         raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --output-dir.")
     stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata

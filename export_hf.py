@@ -1,0 +1,258 @@
+"""Step 4: turn a training checkpoint into a Hugging Face folder that any tool loads, and prove it equal.
+
+Reads   a checkpoint of checkpoints/sft_v1/ and the base folder (config, generation_config, tokenizer).
+Writes  exports/sft_v1/: safetensors, config, generation_config, tokenizer with its template, a model card.
+
+    python export_hf.py                                  the newest whole checkpoint
+    python export_hf.py --checkpoint step_000500 --output-dir exports/early
+
+One process, no GPU. The weights are streamed shard by shard. The result is loaded again and compared with the
+checkpoint, tensor by tensor and by its logits, before it gets its name; then it answers two questions.
+"""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import checkpoints
+import resize_vocab
+import settings
+
+# ---- Files ----
+CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of the run, written by sft_v1.py
+CHECKPOINT = "latest"  # "latest" (the newest whole one) | a name such as "step_000500"
+BASE_MODEL = "checkpoints/base"  # folder that the run started from, written by resize_vocab.py
+OUTPUT_DIR = "exports/sft_v1"  # folder to write; it must not hold anything yet
+# ---- Format ----
+DTYPE = "bfloat16"  # of the weights: "bfloat16" (2 bytes each) | "float32" (4)
+MAX_SHARD_GIB = 5.0  # GiB; the largest safetensors file, and about the memory that writing takes
+# ---- Samples ----
+MAX_NEW_TOKENS = 100  # tokens of each sample answer
+
+# ==== Reading the checkpoint ====
+
+QUESTIONS = ("Who are you?", "What is the capital of France?")
+PROMPTS = ("The sea is", "def add(a, b):", "In 1969, people")
+
+
+def choose(folder, name):
+    """Return (Path, facts) of the checkpoint `name` of the run in `folder`, verified against its manifest."""
+    if name != "latest":
+        return Path(folder) / name, checkpoints.verify(Path(folder) / name)
+    found = checkpoints.newest_whole(folder)
+    if found is None:
+        raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
+    return found, checkpoints.verify(found)
+
+
+def agree(checkpoint, facts, base):
+    """Return {name: shape} of the weights in `checkpoint`, in the order of the folder `base`.
+
+    Raises: SystemExit if base or tokenizer are not the run's, or if names or shapes differ from the base's.
+    """
+    layout = resize_vocab.shards(base)
+    digests = {"base": checkpoints.folder_digest(base, "*.safetensors")}
+    digests["tokenizer"] = checkpoints.sha256(Path(base) / "tokenizer.json")
+    for kind, digest in digests.items():
+        if facts["fingerprints"][kind] != digest:
+            raise SystemExit(f"{base} is not the {kind} that {checkpoint} was trained from. Name it with --base-model.")
+    stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    stored = {key.removeprefix("model."): entry.size for key, entry in stored.items() if key.startswith("model.")}
+    expected = {}
+    for file_name, names in layout.items():
+        with safe_open(Path(base) / file_name, "pt") as file:
+            expected |= {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+    if wrong := sorted(set(stored.items()) ^ set(expected.items())):
+        raise SystemExit(f"{checkpoint} and {base} differ in {wrong[0][0]} {tuple(wrong[0][1])} and {len(wrong)} more.")
+    return expected
+
+
+def read_weights(checkpoint, names, shapes, dtype):
+    """Return {name: tensor} of some of the checkpoint's weights, read from its shards and rounded to `dtype`."""
+    state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in names}
+    dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+    return {key.removeprefix("model."): tensor.to(dtype) for key, tensor in state.items()}
+
+
+# ==== Writing ====
+
+
+def shard_names(shapes, dtype, max_bytes):
+    """Return lists of names whose tensors fill files of at most `max_bytes` (a larger tensor has its own file)."""
+    shards, room = [], 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_weights(checkpoint, shapes, dtype, max_bytes, output):
+    """Write the weights as safetensors; return {file name: [tensor names]}."""
+    shards = shard_names(shapes, dtype, max_bytes)
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    layout = dict(zip(files if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
+    for file_name, names in layout.items():
+        save_file(read_weights(checkpoint, names, shapes, dtype), output / file_name, metadata={"format": "pt"})
+    if len(layout) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}}
+        index["weight_map"] = {name: file_name for file_name, names in layout.items() for name in names}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return layout
+
+
+def write_configs(base, output, dtype_name):
+    """Copy configuration and tokenizer; the template also goes into tokenizer_config.json, where older readers look."""
+    for path in Path(base).iterdir():
+        if path.is_file() and not path.name.startswith("model") and path.name != "resize.json":
+            shutil.copyfile(path, output / path.name)
+    changes = {
+        "config.json": {"dtype": dtype_name},
+        "tokenizer_config.json": {"chat_template": (output / "chat_template.jinja").read_text(encoding="utf-8")},
+    }
+    for name, change in changes.items():
+        content = checkpoints.read_json(output / name, "resize_vocab.py") | change
+        (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def metrics(run_folder):
+    """Return (last training loss, [validation losses in order]) from the run's metrics.jsonl, or (None, [])."""
+    path = Path(run_folder) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    held_out = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    return (losses[-1] if losses else None), held_out
+
+
+def model_card(facts, checkpoint, shapes, dtype_name):
+    """Return the model card (Markdown): what the run was, its data, its recipe, how to chat with the result."""
+    run, loss, held_out = facts["settings"], *metrics(checkpoint.parent)
+    lines = [
+        "---",
+        "pipeline_tag: text-generation",
+        "library_name: transformers",
+        "---",
+        "# A chat model by supervised fine-tuning",
+        "",
+        f"{sum(math.prod(shape) for shape in shapes.values()):,} parameters, {dtype_name}; "
+        f"from `{facts['base_model']}`, checkpoint `{checkpoint.name}` ({facts['updates']:,} optimizer steps).",
+        "",
+    ]
+    report = Path(run["DATA_DIR"]) / "report.md"
+    if report.is_file() and facts["fingerprints"]["data"] == json.dumps(
+        checkpoints.read_json(report.with_suffix(".json"), "prepare_data.py").get("digest"), sort_keys=True
+    ):
+        lines += ["## Data", "", report.read_text(encoding="utf-8")]
+    names = ("SEQUENCES_PER_STEP", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
+    names += ("ADAM_BETA1", "ADAM_BETA2", "WEIGHT_DECAY", "MAX_GRAD_NORM", "COMPUTE_DTYPE", "SEED")
+    lines += ["## Recipe", "", *(f"- {name}: {run[name]}" for name in names)]
+    if loss is not None:
+        lines.append(f"- last training loss: {loss:.4f}")
+    if held_out:
+        lines.append(f"- validation loss: {held_out[0]:.4f} at first, {held_out[-1]:.4f} at last")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return "\n".join(
+        [
+            *lines,
+            f"- versions: {versions}; {facts['world_size']} processes",
+            "",
+            "## Chat",
+            "",
+            "ChatML; the template is in the tokenizer, and generation stops at `<|im_end|>`.",
+            "",
+            "```python",
+            "from transformers import pipeline",
+            'chat = pipeline("text-generation", model=".")',
+            'print(chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=200)[0]["generated_text"][-1])',
+            "```",
+            "",
+        ]
+    )
+
+
+# ==== Verification ====
+
+
+def verify(checkpoint, shapes, dtype, layout, output):
+    """Compare what was written with the checkpoint. Raises: SystemExit naming what differs. Returns the loaded model.
+
+    Checked: a strict load, each tensor's bits after rounding, the tie, logits of three prompts, the template.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(output, dtype=dtype, output_loading_info=True)
+    if problems := {kind: sorted(names) for kind, names in info.items() if names}:
+        raise SystemExit(f"{output} does not load strictly: {problems}.")
+    reference = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output), dtype=dtype)
+    parts = dict(reference.named_parameters())
+    for file_name, names in layout.items():
+        expected = read_weights(checkpoint, names, shapes, dtype)
+        with safe_open(output / file_name, "pt") as file:
+            if wrong := [name for name in names if not torch.equal(file.get_tensor(name), expected[name])]:
+                raise SystemExit(f"{output / file_name}: {wrong[0]} differs from the checkpoint.")
+        for name in names:
+            parts.pop(name).data.copy_(expected[name])
+    if parts:
+        raise SystemExit(f"{output} lacks the tensor {next(iter(parts))}.")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            ours, theirs = model.eval()(ids).logits, reference.eval()(ids).logits
+        if not torch.equal(ours, theirs):
+            raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's.")
+    return model, tokenizer
+
+
+def sample(model, tokenizer, question, max_new_tokens):
+    """Return (greedy answer to `question` through the template, whether it ended by itself)."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        output = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens)
+    answer = output[0, prompt["input_ids"].shape[1] :]
+    stops = model.generation_config.eos_token_id
+    ended = answer[-1].item() in (stops if isinstance(stops, list) else [stops])
+    return tokenizer.decode(answer, skip_special_tokens=True).strip(), ended
+
+
+# ==== Main ====
+
+
+def main(run):
+    """Export as the settings `run` (dict) say."""
+    if DTYPE not in ("bfloat16", "float32"):
+        raise SystemExit(f"DTYPE is {DTYPE!r}; it must be bfloat16 or float32.")
+    if not 0 < MAX_SHARD_GIB < math.inf or MAX_NEW_TOKENS < 1:
+        raise SystemExit("MAX_SHARD_GIB must be above 0 and MAX_NEW_TOKENS at least 1.")
+    transformers.utils.logging.disable_progress_bar()
+    checkpoint, facts = choose(CHECKPOINT_DIR, CHECKPOINT)
+    shapes = agree(checkpoint, facts, BASE_MODEL)
+    dtype, output = getattr(torch, DTYPE), Path(OUTPUT_DIR)
+    staging = checkpoints.start_folder(output)
+    layout = write_weights(checkpoint, shapes, dtype, int(MAX_SHARD_GIB * 2**30), staging)
+    write_configs(BASE_MODEL, staging, DTYPE)
+    (staging / "README.md").write_text(model_card(facts, checkpoint, shapes, DTYPE), encoding="utf-8")
+    model, tokenizer = verify(checkpoint, shapes, dtype, layout, staging)
+    checkpoints.finish_folder(staging, output)
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    print(f"{checkpoint} -> {output}: {len(shapes)} tensors, {size / 2**30:.2f} GiB in {DTYPE}, {len(layout)} file(s)")
+    print("verified: every tensor and the logits of three prompts equal the checkpoint's")
+    for question in QUESTIONS:
+        answer, ended = sample(model, tokenizer, question, MAX_NEW_TOKENS)
+        print(f"\nQ: {question}\nA: {answer}\n   ({'ended by itself' if ended else f'cut at {MAX_NEW_TOKENS} tokens'})")
+
+
+if __name__ == "__main__":
+    main(settings.from_flags(globals()))
