@@ -1,0 +1,73 @@
+"""Two tokenizers of exactly 49,152 tokens without the ChatML markers, as base folders, built in the process."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+VOCABULARY = 49_152
+TEXT = """The sea was calm that morning, and nobody on the pier expected the boat to come back so soon.
+def add(first, second):
+    return first + second
+
+for number in range(10):
+    print(number, "squared is", number ** 2)
+
+In 1969 people landed on the moon; 384,400 kilometres lie between. Is it far? Yes, and no: light needs 1.3 seconds.
+Who are you? What can you do for me? I am not sure, but I can help you to find out. Let us think step by step.
+"""
+
+
+def pad(vocab, number):
+    """Fill `vocab` with names that no text produces, up to `number` tokens."""
+    for extra in range(number - len(vocab)):
+        vocab[f"\ue000unused{extra}\ue001"] = len(vocab)
+    return vocab
+
+
+def save(tokenizer, folder, names):
+    folder.mkdir()
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def grown(model, pre_tokenizer, trainer):
+    """Train a small model on TEXT and return its tokenizer's JSON state."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return json.loads(tokenizer.to_str())
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer_dir(tmp_path_factory):
+    """A byte-level BPE with `<|endoftext|>` as its only special token and no BOS of its own."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    state = grown(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
+    pad(state["model"]["vocab"], VOCABULARY)
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    return save(tokenizer, tmp_path_factory.mktemp("bpe") / "base", names)
+
+
+@pytest.fixture(scope="session")
+def spm_tokenizer_dir(tmp_path_factory):
+    """As converted from SentencePiece: BPE on Metaspace with byte fallback, `[INST]` added, and a BOS of its own."""
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=special)
+    scheme = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    state = grown(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True), scheme, trainer)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]
+    pad(state["model"]["vocab"], VOCABULARY - 1)
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_tokens([AddedToken("[INST]", normalized=False)])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return save(tokenizer, tmp_path_factory.mktemp("spm") / "base", names)
