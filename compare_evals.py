@@ -31,8 +31,10 @@ OUTPUT = "eval-results"  # folder for comparison.md, .json, .png and flips.jsonl
 # ---- Verdict ----
 FAMILY_ERROR = 0.05  # in (0, 1); how often at most a table without any real change shows a "better" or "worse"
 
+# ==== Facts ====
+
 # The published baseline's rows: lm_eval task, label, metric, score of random guessing. Other tasks show all metrics.
-known_rows = (
+KNOWN_ROWS = (
     ("arc_challenge", "ARC-Challenge", "acc_norm", 0.25),
     ("arc_easy", "ARC-Easy", "acc_norm", 0.25),
     ("hellaswag", "HellaSwag", "acc_norm", 0.25),
@@ -48,8 +50,7 @@ known_rows = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Reading one run
+# ==== Reading one run ====
 
 
 def read_json(path):
@@ -106,8 +107,7 @@ def read_samples(run, task):
     return samples
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The gate: were the two runs measured alike?
+# ==== The gate: were the two runs measured alike? ====
 
 
 def how_measured(run):
@@ -172,15 +172,14 @@ def agree(before, after):
     return notes
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Rows
+# ==== Rows ====
 
 
 def plan_rows(run):
     """List the table's rows from one run's results: (task, label, metric key "name,filter", chance or None)."""
     results, rows = run["results"], []
-    hidden = {task for task, *_ in known_rows}
-    for task, label, metric, chance in known_rows:
+    hidden = {task for task, *_ in KNOWN_ROWS}
+    for task, label, metric, chance in KNOWN_ROWS:
         if task in results:
             rows.append((task, label, f"{metric},none", chance))
             if task.startswith("mmlu"):  # the 57 subjects are in their groups
@@ -333,8 +332,7 @@ def give_verdicts(rows, family_error):
         row.setdefault("verdict", "not tested")
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Showing
+# ==== Showing ====
 
 
 def number(value, log_scale=False, signed=False):

@@ -429,7 +429,9 @@ def repair(turns):
 
 
 def cut(bos, turns, encoded, max_seq_len, overflow):
-    """Return the sequences (ids, mask) of one conversation, each at most `max_seq_len` long and with trained tokens.
+    """Return (the sequences (ids, mask) of one conversation, list of what was lost of it).
+
+    Each sequence is at most `max_seq_len` long and has trained tokens; the list is empty if the conversation fits.
 
     turns: (role, content); encoded: (ids, mask) of each turn. Splitting keeps exchanges (a user turn and its answer)
     whole and repeats the system turn; an exchange longer than the window is cut at its end and gets no invented end.
@@ -447,9 +449,12 @@ def cut(bos, turns, encoded, max_seq_len, overflow):
         else:
             pieces[-1] = (ids_so_far + ids, mask_so_far + mask)
     if overflow == "drop" and len(pieces[0][0]) > max_seq_len:
-        return []
+        return [], []
+    long = any(len(ids) > max_seq_len for ids, _ in pieces)
     pieces = [(ids[:max_seq_len], mask[:max_seq_len]) for ids, mask in pieces]
-    return [(ids, mask) for ids, mask in pieces if any(mask[1:])]
+    kept = [(ids, mask) for ids, mask in pieces if any(mask[1:])]
+    lost = ["end cut off at the window"] if long else []
+    return kept, lost + (["exchange without a trained token in the window left out"] if len(kept) < len(pieces) else [])
 
 
 # ==== Writing ====
@@ -519,14 +524,14 @@ def prepare_source(source, rows, encoder, splits, ledger, run):
         sequences = []
         for entry, encoded in zip(good, encoder.encode([entry[1] for entry in good]), strict=True):
             found = np.isin(np.concatenate([ids for ids, _ in encoded]), encoder.control).sum()
-            pieces = cut(encoder.bos, entry[1], encoded, run["MAX_SEQ_LEN"], run["OVERFLOW"])
+            pieces, lost = cut(encoder.bos, entry[1], encoded, run["MAX_SEQ_LEN"], run["OVERFLOW"])
             if found != encoder.expected_control_ids(entry[1]):
                 entry[2] = "text became a control token"
             elif not pieces:
                 entry[2] = "longer than the window" if run["OVERFLOW"] == "drop" else "nothing trainable in the window"
             else:
                 sequences.append(pieces)
-                changes.update(entry[3])
+                changes.update(entry[3] + lost)
                 line["control_text"] += any(encoder.control_text.search(text) for _, text in entry[1])
         for number, turns, reason, _ in batch:
             if reason:

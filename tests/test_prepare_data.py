@@ -232,7 +232,8 @@ def test_split_loses_no_turn_and_repeats_the_system_turn(bpe_tokenizer_dir, tmp_
     for n in range(9):
         turns += [("user", f"question {n}?"), ("assistant", f"answer {n}.")]
     encoded = encoder.encode([turns])[0]
-    pieces = prepare_data.cut([], turns, encoded, 120, "split")
+    pieces, lost = prepare_data.cut([], turns, encoded, 120, "split")
+    assert not lost
     lengths, texts = lengths_and_text(tokenizer, pieces)
     assert len(pieces) > 1 and max(lengths) <= 120
     assert all(text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n") for text in texts)
@@ -245,11 +246,15 @@ def test_truncate_and_drop(bpe_tokenizer_dir, tmp_path):
     turns = [("user", "Hi"), ("assistant", "word " * 200)]
     encoded = encoder.encode([turns])[0]
     for overflow in ("truncate", "split"):  # a single exchange cannot be split
-        [(ids, mask)] = prepare_data.cut([], turns, encoded, 60, overflow)
+        [(ids, mask)], lost = prepare_data.cut([], turns, encoded, 60, overflow)
+        assert lost == ["end cut off at the window"]
         assert len(ids) == 60 and mask[-1] and encoder.end not in ids[20:]
-    assert prepare_data.cut([], turns, encoded, 60, "drop") == []
+    assert prepare_data.cut([], turns, encoded, 60, "drop") == ([], [])
     long_question = [("user", "word " * 200), ("assistant", "Yes.")]
-    assert prepare_data.cut([], long_question, encoder.encode([long_question])[0], 60, "split") == []
+    assert prepare_data.cut([], long_question, encoder.encode([long_question])[0], 60, "split")[0] == []
+    both = [*long_question, ("user", "Hi"), ("assistant", "Hello.")]
+    [(ids, _)], lost = prepare_data.cut([], both, encoder.encode([both])[0], 60, "split")
+    assert "Hello." in tokenizer.decode(ids) and "exchange without a trained token in the window left out" in lost
 
 
 # ---- Whole runs ----

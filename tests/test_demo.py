@@ -1,0 +1,45 @@
+"""The demo's own data: enough conversations, in the schemas of their sources, and an evaluation held out from them."""
+
+import json
+import re
+from pathlib import Path
+
+import prepare_data
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+def texts_of(source):
+    """Return every text of a source's rows, whatever its schema."""
+    lines = (DEMO / source["path"]).read_text(encoding="utf-8").splitlines()
+    reads = prepare_data.SCHEMAS[source["schema"]][1]
+    return [[content for _, content in reads(json.loads(line))] for line in lines]
+
+
+def grams(text, size=8):
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+def test_five_sources_hold_more_than_300_conversations_without_duplicates():
+    sources, _ = prepare_data.read_mixture(str(DEMO / "mixture.json"))
+    names = [source["name"] for source in prepare_data.MIXTURE]
+    assert [source["name"] for source in sources] == names
+    assert [source["schema"] for source in sources] == [source["schema"] for source in prepare_data.MIXTURE]
+    rows = [tuple(texts) for source in sources for texts in texts_of(source)]
+    assert len(rows) >= 300 and len(set(rows)) == len(rows)
+
+
+def test_the_questions_are_balanced_and_no_training_text_gives_them_away():
+    sources, _ = prepare_data.read_mixture(str(DEMO / "mixture.json"))
+    trained = set().union(*(grams(text) for source in sources for texts in texts_of(source) for text in texts))
+    for task in ("persona", "general"):
+        lines = (DEMO / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines]
+        assert len(items) >= 50
+        places = [item["answer"] for item in items]
+        assert all(0.2 < places.count(place) / len(items) < 0.3 for place in range(4))
+        for item in items:
+            assert len(set(item["choices"])) == 4
+            assert not trained & grams(item["question"]), item
+            assert not any(trained & grams(f"{item['question']} {choice}") for choice in item["choices"]), item
