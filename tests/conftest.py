@@ -6,6 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 VOCABULARY = 49_152
+FAST_FIRST = ("settings", "step_plan", "checkpoints", "demo", "compare_evals", "prepare_data", "resize_vocab")
 TEXT = """The sea was calm that morning, and nobody on the pier expected the boat to come back so soon.
 def add(first, second):
     return first + second
@@ -16,6 +17,12 @@ for number in range(10):
 In 1969 people landed on the moon; 384,400 kilometres lie between. Is it far? Yes, and no: light needs 1.3 seconds.
 Who are you? What can you do for me? I am not sure, but I can help you to find out. Let us think step by step.
 """
+
+
+def pytest_collection_modifyitems(items):
+    """Run the fast files first: what is broken shows in seconds."""
+    order = {f"test_{name}.py": place for place, name in enumerate(FAST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pad(vocab, number):

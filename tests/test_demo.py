@@ -16,7 +16,7 @@ def texts_of(source):
     return [[content for _, content in reads(json.loads(line))] for line in lines]
 
 
-def grams(text, size=8):
+def grams(text, size=7):
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 

@@ -242,7 +242,7 @@ def test_split_loses_no_turn_and_repeats_the_system_turn(bpe_tokenizer_dir, tmp_
 
 
 def test_truncate_and_drop(bpe_tokenizer_dir, tmp_path):
-    _tokenizer, encoder = build(bpe_tokenizer_dir, tmp_path)
+    tokenizer, encoder = build(bpe_tokenizer_dir, tmp_path)
     turns = [("user", "Hi"), ("assistant", "word " * 200)]
     encoded = encoder.encode([turns])[0]
     for overflow in ("truncate", "split"):  # a single exchange cannot be split
