@@ -292,17 +292,20 @@ class JsonRows:
             for record in json_array(path):
                 self.file.write(record + b"\n")
             self.file.seek(0)
-        offsets = [0]
+        spans, end = [], 0
         for line in self.file:
-            offsets.append(offsets[-1] + len(line))
-        self.offsets = np.array(offsets)
+            begin, end = end, end + len(line)
+            if line.strip():
+                spans.append((begin, end))
+        self.spans = np.array(spans, np.int64)
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self.spans)
 
     def __getitem__(self, number):
-        self.file.seek(self.offsets[number])
-        return json.loads(self.file.read(self.offsets[number + 1] - self.offsets[number]))
+        begin, end = self.spans[number].tolist()
+        self.file.seek(begin)
+        return json.loads(self.file.read(end - begin))
 
 
 def json_array(path, chunk=1 << 20):

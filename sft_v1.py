@@ -230,6 +230,15 @@ def learning_rate(step, total_steps, peak, floor, warmup_steps):
 # ==== Data ====
 
 
+def load_data(data_dir):
+    """Return the `datasets` splits "train" and "validation" of the folder. Raises: SystemExit if they do not load."""
+    try:
+        data = datasets.load_from_disk(data_dir)
+        return {name: data[name].select_columns(["input_ids", "assistant_masks"]) for name in ("train", "validation")}
+    except (OSError, KeyError, ValueError) as error:
+        raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
+
+
 def sequence_lengths(dataset):
     """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
     return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
@@ -263,7 +272,7 @@ class Batches:
     """Turns a list of sequence indices into this rank's micro-batches of it."""
 
     def __init__(self, dataset, config, tokens_per_micro_batch, device):
-        self.dataset = dataset.select_columns(["input_ids", "assistant_masks"]).with_format("numpy")
+        self.dataset = dataset.with_format("numpy")
         self.lengths = sequence_lengths(dataset)
         self.costs = step_plan.cost(self.lengths, config.hidden_size, config.intermediate_size)
         self.tokens_per_micro_batch = tokens_per_micro_batch
@@ -319,6 +328,8 @@ def agree(data_dir, base_model):
     """
     report = checkpoints.read_json(Path(data_dir) / "report.json", "prepare_data.py")
     config = checkpoints.read_json(Path(base_model) / "config.json", "resize_vocab.py")
+    if not any(Path(base_model).glob("*.safetensors")):
+        raise SystemExit(f"{base_model} has no safetensors. Run resize_vocab.py again.")
     digests = {}
     for folder, script in ((Path(data_dir) / "tokenizer", "prepare_data.py"), (Path(base_model), "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
@@ -554,7 +565,7 @@ def describe(batches, run, total_steps, model, max_seq_len):
             f"data       {len(batches.lengths):,} sequences, {int(batches.lengths.sum()):,} tokens, mean {mean:.0f}",
             f"step       {per_step} sequences = about {real:,.0f} real tokens (padded to {max_seq_len} each, it would "
             f"be {slots:,} slots, {1 - real / slots:.0%} of them padding)",
-            f"run        {total_steps:,} steps, about {tokens / 1e6:,.1f}M tokens; {hours:.1f} h at "
+            f"run        {total_steps:,} steps, about {tokens:,.0f} tokens; {hours:.1f} h at "
             f"{run['EXPECTED_TOKENS_PER_SECOND']:,} tokens/s",
             f"checkpoint {params * 12 / 2**30:.1f} GiB each, {run['KEEP_CHECKPOINTS']} kept in {run['OUTPUT_DIR']}",
         )
@@ -667,7 +678,7 @@ def main(run):
     facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL}
     check_output(OUTPUT_DIR, facts)
 
-    data = datasets.load_from_disk(DATA_DIR)
+    data = load_data(DATA_DIR)
     model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS, ACTIVATION_CHECKPOINTING)
     config = model.causal_lm.config
     batches = Batches(data["train"], config, TOKENS_PER_MICRO_BATCH, device)

@@ -448,6 +448,13 @@ def test_what_does_not_belong_together_is_refused(work, tmp_path):
         sft_v1.agree(tmp_path / "none", base)
     with pytest.raises(SystemExit, match=r"none/config.json is missing. Run resize_vocab.py"):
         sft_v1.agree(data, tmp_path / "none")
+    (base / "model.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(SystemExit, match=r"base has no safetensors. Run resize_vocab.py"):
+        sft_v1.agree(data, base)
+    (tmp_path / "kept").rename(base / "model.safetensors")
+    shutil.rmtree(data / "train")
+    with pytest.raises(SystemExit, match=r"holds no finished data .* Run prepare_data.py"):
+        sft_v1.load_data(str(data))
     (base / "tokenizer.json").write_bytes(b"another")
     with pytest.raises(SystemExit, match=r"tokenizers of .* differ. Run resize_vocab.py"):
         sft_v1.agree(data, base)
