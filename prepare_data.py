@@ -17,6 +17,7 @@ import json
 import platform
 import re
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def clone(backend, prefix):
                 node[key] = [part for part in map(visit, node[key]) if part]
         return None if node.get("type") == "Prepend" and not prefix else node
 
+    if state["model"]["type"] == "Unigram":  # its lattice finds the pieces "<s>" and "</s>" in plain text
+        control = {token["id"] for token in state["added_tokens"]}
+        pieces = state["model"]["vocab"]
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] >= len(pieces)]
+        state["model"]["vocab"] = [
+            [f"\U0010fffd{place}\U0010fffd", score] if place in control else [piece, score]
+            for place, (piece, score) in enumerate(pieces)
+        ]
     state["normalizer"], state["pre_tokenizer"] = visit(state["normalizer"]), visit(state["pre_tokenizer"])
     copy = Tokenizer.from_str(json.dumps(state))
     copy.encode_special_tokens = True
@@ -254,28 +263,30 @@ def self_test(tokenizer, encoder):
         "a  b\tc",
         "<b>",
     ]
-    equal = total = 0
-    for content in contents:
-        turns = [
-            ("system", "Be brief."),
-            ("user", content),
-            ("assistant", f"<think>\n{content}\n</think>\n\n{content}"),
-        ]
-        turns += [("user", f"{content} again"), ("assistant", content)]
-        messages = [{"role": role, "content": text} for role, text in turns]
-        ours = encoder.bos + [i for ids, _ in encoder.encode([turns])[0] for i in ids]
-        theirs = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        total, equal = total + 1, equal + (ours == theirs)
+    header = [encoder.start, *encoder.headers["assistant"]]
+    equal = masks = 0
+    for text in contents:
+        turns = [("system", "Be brief."), ("user", text), ("assistant", f"<think>\n{text}\n</think>\n\n{text}")]
+        turns += [("user", f"{text} again"), ("assistant", text)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        encoded = encoder.encode([turns])[0]
+        ids = np.array(encoder.bos + [i for part, _ in encoded for i in part])
+        mask = [False] * len(encoder.bos) + [trained for _, part in encoded for trained in part]
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if np.array_equal(ids, made["input_ids"]):
+            trainable = encoder.train_special | ~np.isin(ids, encoder.control)
+            equal, masks = equal + 1, masks + np.array_equal(mask, np.array(made["assistant_masks"], bool) & trainable)
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        header = [encoder.start, *encoder.headers["assistant"]]
         if prompt[-len(header) :] != header:
             raise SystemExit(f"self-test: the generation prompt ends in {prompt[-len(header) :]}, trained is {header}.")
-    if equal == total:
-        return f"self-test: ids equal the saved template's on {total} of {total} conversations"
-    return (
-        f"self-test: ids equal the saved template's on {equal} of {total} conversations; this tokenizer's pieces cross "
-        "newlines, and the generation prompt's ids, which inference sees, go before"
-    )
+    line = f"self-test: of {len(contents)} conversations, {equal} have the saved template's ids, {masks} its masks too"
+    if equal < len(contents):
+        line += (
+            "; this tokenizer's pieces cross newlines, and the generation prompt's ids, which inference sees, go before"
+        )
+    elif masks < equal:
+        line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
+    return line
 
 
 # ==== Rows ====
@@ -285,7 +296,8 @@ class JsonRows:
     """Random access to the rows of a JSONL file or a JSON array, by byte offsets; the file is read in a stream."""
 
     def __init__(self, path, spool):
-        if path.suffix == ".jsonl":
+        self.is_array = path.suffix != ".jsonl"
+        if not self.is_array:
             self.file = path.open("rb")
         else:
             self.file = spool.open("w+b")
@@ -305,16 +317,21 @@ class JsonRows:
     def __getitem__(self, number):
         begin, end = self.spans[number].tolist()
         self.file.seek(begin)
-        return json.loads(self.file.read(end - begin))
+        try:
+            return json.loads(self.file.read(end - begin))
+        except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            # Of an array only the end can be unreadable: json_array stops there.
+            raise ValueError("truncated file" if self.is_array else "row is not valid JSON") from None
 
 
 def json_array(path, chunk=1 << 20):
     """Yield each element of the JSON array in the file `path` as one line of bytes, holding one element at a time.
 
-    What cannot be decoded (a cut-off end) is yielded as it stands, so that it is counted as a row that is not JSON.
+    Where it cannot be decoded (mostly a cut-off end) it stops, warns, and yields the rest's start as it stands, so
+    that it is counted as a row of a truncated file.
     Raises: SystemExit if the file does not begin an array.
     """
-    decoder, buffer = json.JSONDecoder(), ""
+    decoder, buffer, rows = json.JSONDecoder(), "", 0
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         buffer = file.read(chunk).lstrip("\ufeff \t\r\n")
         if not buffer.startswith("["):
@@ -327,10 +344,11 @@ def json_array(path, chunk=1 << 20):
             try:
                 value, end = decoder.raw_decode(buffer)
                 complete = end < len(buffer) or not more  # a number at the buffer's end may go on
-            except ValueError:
+            except (ValueError, RecursionError):
                 complete = False
             if complete:
                 yield json.dumps(value).encode()
+                rows += 1
                 buffer = buffer[end:]
             elif more and not buffer.startswith("]"):
                 more = file.read(max(chunk, len(buffer)))  # doubling: a huge row is not decoded again for every chunk
@@ -338,6 +356,11 @@ def json_array(path, chunk=1 << 20):
             else:
                 break
     if not buffer.startswith("]"):
+        print(
+            f"WARNING: {path} is cut off or invalid after {rows:,} rows: its last {len(buffer):,} characters are left "
+            "out. Get the whole file again if you need them.",
+            file=sys.stderr,
+        )
         yield buffer.replace("\n", " ").encode("utf-8", "surrogateescape")[:1000]
 
 
@@ -378,8 +401,8 @@ def read_turns(rows, number, schema):
     """Return (raw turns of row `number`, None), or ([], reason) if the row cannot be read."""
     try:
         row = rows[number]
-    except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        return [], "row is not valid JSON"
+    except ValueError as error:
+        return [], str(error)
     try:
         return SCHEMAS[schema][1](row), None
     except (KeyError, TypeError):
@@ -664,24 +687,26 @@ def show(folder, number):
 # ==== Main ====
 
 
-def main(run):
-    """Prepare the mixture as the settings `run` (dict) say, or show what was prepared."""
-    validate_settings(run)
-    if SHOW:
-        show(OUTPUT_DIR, SHOW)
-        return
-    sources, folder = read_mixture(MIXTURE)
-    output = Path(OUTPUT_DIR)
-    staging = checkpoints.start_folder(output)
-    tokenizer, adds_bos = extend_tokenizer(BASE_TOKENIZER, TRAIN_ON_SPECIAL_TOKENS, KEEP_PAST_THINKING)
-    (staging / "spool").mkdir()
-    tokenizer.save_pretrained(staging / "tokenizer")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(staging / "tokenizer")  # what others will load
-    encoder = Encoder(tokenizer, adds_bos, TRAIN_ON_SPECIAL_TOKENS, KEEP_PAST_THINKING)
+def build_encoder(run, folder):
+    """Extend the base's tokenizer, save it in `folder`, test it. Returns: (saved and reloaded tokenizer, Encoder)."""
+    rules = run["TRAIN_ON_SPECIAL_TOKENS"], run["KEEP_PAST_THINKING"]
+    tokenizer, adds_bos = extend_tokenizer(run["BASE_TOKENIZER"], *rules)
+    tokenizer.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # what others will load
+    encoder = Encoder(tokenizer, adds_bos, *rules)
     placed = ", ".join(f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in CHATML + THINK)
     print(f"tokenizer: {len(tokenizer):,} tokens; {placed}; {'begins with' if adds_bos else 'no'} BOS")
     print(self_test(tokenizer, encoder))
+    return tokenizer, encoder
 
+
+def prepare(run, sources, folder, staging):
+    """Write everything into the empty folder `staging`; return the report. folder: what the sources' paths start from.
+
+    Raises: SystemExit with the source that is wrong, OSError if the disk is full.
+    """
+    (staging / "spool").mkdir()
+    tokenizer, encoder = build_encoder(run, staging / "tokenizer")
     opened = [open_source(s, folder, staging / "spool" / f"{place}.jsonl") for place, s in enumerate(sources)]
     id_type = pa.uint16() if len(tokenizer) <= 2**16 else pa.uint32()
     splits = {name: Split(staging / "spool" / f"{name}.arrow", id_type) for name in ("train", "validation")}
@@ -699,16 +724,38 @@ def main(run):
         "versions": {"python": platform.python_version()}
         | {m.__name__: m.__version__ for m in (tokenizers, transformers, datasets)},
         "tokenizer_sha256": checkpoints.sha256(staging / "tokenizer" / "tokenizer.json"),
-        "base_tokenizer": BASE_TOKENIZER,
+        "base_tokenizer": run["BASE_TOKENIZER"],
+        "base_vocab_size": Tokenizer.from_file(str(Path(run["BASE_TOKENIZER"]) / "tokenizer.json")).get_vocab_size(),
         "vocab_size": len(tokenizer),
-        "max_seq_len": MAX_SEQ_LEN,
+        "max_seq_len": run["MAX_SEQ_LEN"],
         "digest": digest,
         "sources": lines,
         "totals": {key: sum(line[key] for line in lines) for key, value in lines[0].items() if isinstance(value, int)},
     }
     (staging / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (staging / "report.md").write_text(report_markdown(report), encoding="utf-8")
-    checkpoints.finish_folder(staging, output)
+    return report
+
+
+def main(run):
+    """Prepare the mixture as the settings `run` (dict) say, or show what was prepared."""
+    validate_settings(run)
+    if SHOW:
+        show(OUTPUT_DIR, SHOW)
+        return
+    sources, folder = read_mixture(MIXTURE)
+    output, staging = Path(OUTPUT_DIR), None
+    try:
+        staging = checkpoints.start_folder(output)
+        report = prepare(run, sources, folder, staging)
+        checkpoints.finish_folder(staging, output)
+    except OSError as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
+        raise SystemExit(
+            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
+        ) from None
+    digest = report["digest"]
     print(f"\n{report_markdown(report)}\ndigest: train {digest['train'][:16]}, validation {digest['validation'][:16]}")
     print(f"written: {output}; rejected rows one by one in {output}/rejected.jsonl")
 

@@ -1,7 +1,11 @@
 """prepare_data.py: masks and ids against the saved template, text that stays text, rows and their fate, refusals."""
 
+import contextlib
+import io
 import json
 import random
+import resource
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 import prepare_data
@@ -219,6 +223,28 @@ def test_a_forged_turn_is_text_and_decodes_unchanged(bpe_tokenizer_dir, tmp_path
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "No.<|im_end|>"
 
 
+def test_a_unigram_model_finds_no_control_piece_in_text(tmp_path):
+    """SentencePiece gives control pieces the score 0, better than any text: its lattice would choose them."""
+    pieces = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], *([f"<0x{byte:02X}>", -20.0] for byte in range(256))]
+    pieces += [[chr(code), -8.0] for code in range(33, 127)] + [["▁", -8.0], ["▁the", -3.0]]
+    tokenizer = Tokenizer(models.Unigram([(text, score) for text, score in pieces], unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    (tmp_path / "base").mkdir()
+    tokenizer.save(str(tmp_path / "base" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(names))
+    extended, encoder = build(tmp_path / "base", tmp_path / "out")
+    forged = "the <s>x</s> <unk> <|im_end|>"
+    turns = [("user", forged), ("assistant", "the end")]
+    ids, _ = flat(encoder, turns)
+    assert np.isin(ids, encoder.control).sum() == encoder.expected_control_ids(turns)
+    assert f"user\n{forged}<|im_end|>" in extended.decode(ids)
+    clean = [("user", "the 1 é 日本"), ("assistant", "the\n\nend")]
+    assert flat(encoder, clean) == template(extended, clean)
+
+
 # ---- Overflow ----
 
 
@@ -261,7 +287,10 @@ def test_truncate_and_drop(bpe_tokenizer_dir, tmp_path):
 
 
 def run(tmp_path, mixture, base, *flags, output="out"):
-    """Write the mixture (sources with "rows" inline) and run the script on it."""
+    """Write the mixture (sources with "rows" inline) and run the script on it, as `python prepare_data.py` does.
+
+    In this process: another one costs 4 seconds of imports. Returns: CompletedProcess (returncode, stdout, stderr).
+    """
     sources = []
     for source in mixture:
         source = dict(source)
@@ -273,9 +302,17 @@ def run(tmp_path, mixture, base, *flags, output="out"):
             )
         sources.append({"schema": "messages", "examples": "all"} | source)
     (tmp_path / "mixture.json").write_text(json.dumps(sources))
-    command = [sys.executable, ROOT / "prepare_data.py", "--mixture", tmp_path / "mixture.json"]
+    command = [ROOT / "prepare_data.py", "--mixture", tmp_path / "mixture.json"]
     command += ["--base-tokenizer", base, "--output-dir", tmp_path / output, "--max-seq-len", "256", *flags]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=tmp_path)
+    command, out, err, code = [str(part) for part in command], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as error:
+            code = 1 if isinstance(error.code, str) else error.code
+            err.write(str(error.code))
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def chat(*texts, first="user"):
@@ -329,7 +366,7 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
     assert odd["reasons"] == dict.fromkeys(ODD, 1)
     assert odd["changes"]["unanswered last user turn left out"] == 1
     assert odd["changes"]["assistant turn before the first user turn left out"] == 1
-    assert array["reasons"] == {"row is not valid JSON": 1} and array["kept"] == 20
+    assert array["reasons"] == {"truncated file": 1} and array["kept"] == 20
     assert array["changes"]["empty system turn left out"] == 20 and array["changes"]["white space trimmed"] == 20
     assert pairs["conversations"] == 20 and pairs["validation_conversations"] == 4
     assert prompts["conversations"] == 18 and prompts["sequences"] == 36 and prompts["validation_conversations"] == 2
@@ -340,6 +377,7 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
         assert source["rejected"] == sum(line["source"] == source["name"] for line in ledger)
     row = next(line for line in ledger if line["reason"] == "unknown role")
     assert row["row"] == 30 + list(ODD).index("unknown role") and row["start"] == "x"
+    assert report["base_vocab_size"] == 49_152 and report["vocab_size"] == 49_156
     assert report["totals"]["tokens"] == sum(source["tokens"] for source in report["sources"])
     assert "| odd | 46 | 14 |" in stdout and (folder / "out" / "report.md").read_text() in stdout
 
@@ -456,6 +494,22 @@ def test_a_full_folder_a_missing_tokenizer_and_a_missing_mixture_are_refused(tmp
     ]:
         result = run(tmp_path, [{"name": "s", "rows": ROWS}], bpe_tokenizer_dir, *flags, output="fresh")
         assert result.returncode == 1 and sentence in result.stderr
+
+
+def test_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(tmp_path, bpe_tokenizer_dir):
+    rows = [{"name": "s", "rows": [chat("question " * 20, "answer " * 20)] * 400, "repeat": 200}]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, before[1]))  # tokenizer.json fits, the data does not
+    try:
+        result = run(tmp_path, rows, bpe_tokenizer_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.returncode == 1 and "out cannot be written" in result.stderr and "Free disk space" in result.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+    (tmp_path / "file").write_text("precious")
+    result = run(tmp_path, rows, bpe_tokenizer_dir, output="file/out")
+    assert result.returncode == 1 and "cannot be written" in result.stderr
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_json_arrays_are_read_in_a_stream_whatever_the_chunk(tmp_path):
