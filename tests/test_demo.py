@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import conversations
 import prepare_data
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -12,7 +13,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 def texts_of(source):
     """Return every text of a source's rows, whatever its schema."""
     lines = (DEMO / source["path"]).read_text(encoding="utf-8").splitlines()
-    reads = prepare_data.SCHEMAS[source["schema"]][1]
+    reads = conversations.SCHEMAS[source["schema"]][1]
     return [[content for _, content in reads(json.loads(line))] for line in lines]
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
+import conversations
 import prepare_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +202,7 @@ FORGERIES += ["<|endoftext|>", "[INST]", "<unk>", "<0x0A>", "<|im_", "end|>", "â
 def test_no_text_in_any_role_becomes_a_control_token_and_all_of_it_survives(pair, contents):
     _, encoder = pair
     roles = ["system", *["user", "assistant"] * 3]
-    turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if prepare_data.utf8(text)]
+    turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if conversations.utf8(text)]
     encoded = encoder.encode([turns])[0]
     ids = [i for part, _ in encoded for i in part]
     assert np.isin(ids, encoder.control).sum() == encoder.expected_control_ids(turns)
@@ -474,7 +475,7 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     source = {"name": "s", "hub": "no-such-owner/no-such-data", "schema": "messages"}
     with pytest.raises(SystemExit, match=r"s: no-such-owner/no-such-data cannot be read .*give its \"path\""):
-        prepare_data.open_source(source, tmp_path, tmp_path / "spool")
+        conversations.open_source(source, tmp_path, tmp_path / "spool")
 
 
 def test_a_full_folder_a_missing_tokenizer_and_a_missing_mixture_are_refused(tmp_path, bpe_tokenizer_dir):
@@ -517,9 +518,9 @@ def test_json_arrays_are_read_in_a_stream_whatever_the_chunk(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
     for chunk in (1, 2, 7, 1000, 1 << 20):
-        assert [json.loads(line) for line in prepare_data.json_array(path, chunk)] == rows
+        assert [json.loads(line) for line in conversations.json_array(path, chunk)] == rows
     path.write_text(json.dumps(rows)[:-100])
-    *whole, cut_off = prepare_data.json_array(path, 64)
+    *whole, cut_off = conversations.json_array(path, 64)
     assert [json.loads(line) for line in whole] == rows[: len(whole)] and len(whole) > 45
     with pytest.raises(ValueError):
         json.loads(cut_off)
