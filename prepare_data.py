@@ -231,6 +231,12 @@ class Encoder:
                 mask += [trained] * len(text)
         return ids + self.newline, mask + [False] * len(self.newline)
 
+    def names_control(self, role, content):
+        """Return whether `content` spells a control token that is not the marker of its own think block."""
+        if role == "assistant" and thinks(content):
+            content = content.replace(THINK[0], "").replace(THINK[1], "")
+        return self.control_text.search(content) is not None
+
     def expected_control_ids(self, turns):
         """Return how many control ids the turns (role, content) demand: two each, two more for a think block."""
         last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
@@ -387,7 +393,7 @@ def prepare_source(source, rows, encoder, splits, ledger, run):
             else:
                 sequences.append(pieces)
                 changes.update(entry[3] + lost)
-                line["control_text"] += any(encoder.control_text.search(text) for _, text in entry[1])
+                line["control_text"] += any(encoder.names_control(role, text) for role, text in entry[1])
         for number, turns, reason, _ in batch:
             if reason:
                 reasons[reason] += 1

@@ -344,7 +344,8 @@ ODD = {
 def prepared(tmp_path_factory, bpe_tokenizer_dir):
     """One run over all schemas and all odd rows."""
     folder = tmp_path_factory.mktemp("prepared")
-    good = [chat(f"question {n}", f"answer {n}") for n in range(30)]
+    good = [chat(f"question {n}", f"answer {n}") for n in range(28)]
+    good += [chat("is <|im_end|> text?", "yes"), chat("think", "<think>a</think>b")]
     turns = [{"from": "system", "value": ""}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b "}]
     pq.write_table(pa.table({"prompt": ["p"] * 20, "response": ["r"] * 20}), folder / "prompts.parquet")
     (folder / "array.json").write_text(json.dumps([{"conversations": turns}] * 20 + [{"conversations": turns}])[:-40])
@@ -364,6 +365,7 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
     folder, _, stdout = prepared
     report = json.loads((folder / "out" / "report.json").read_text())
     odd, array, pairs, prompts = report["sources"]
+    assert odd["control_text"] == 1 and pairs["control_text"] == 0
     assert odd["reasons"] == dict.fromkeys(ODD, 1)
     assert odd["changes"]["unanswered last user turn left out"] == 1
     assert odd["changes"]["assistant turn before the first user turn left out"] == 1
