@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import export_hf
 import settings
 
 # ---- Files ----
@@ -22,28 +23,21 @@ QUESTIONS = "demo/questions.json"  # JSON list of strings
 # ---- Answers ----
 MAX_NEW_TOKENS = 80  # tokens; an answer that is longer is cut and said to be
 
+# ==== Asking ====
 
-def answer(folder, questions, max_new_tokens):
-    """Return for each question (answer text, whether the model ended it by itself)."""
+
+def answers(folder, questions, max_new_tokens):
+    """Return for each question (greedy answer of the model in `folder`, whether it ended by itself)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    answers = []
-    for question in questions:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        with torch.no_grad():
-            ids = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens)[0]
-        new = ids[prompt["input_ids"].shape[1] :]
-        answers.append((tokenizer.decode(new, skip_special_tokens=True).strip(), len(new) < max_new_tokens))
-    return answers
+    return [export_hf.sample(model, tokenizer, question, max_new_tokens) for question in questions]
 
 
 def main(run):
     """Print question, answer before, answer after."""
     questions = json.loads(Path(QUESTIONS).read_text(encoding="utf-8"))
-    answers = [answer(folder, questions, MAX_NEW_TOKENS) for folder in (BEFORE_MODEL, AFTER_MODEL)]
-    for question, *pair in zip(questions, *answers, strict=True):
+    both = [answers(folder, questions, MAX_NEW_TOKENS) for folder in (BEFORE_MODEL, AFTER_MODEL)]
+    for question, *pair in zip(questions, *both, strict=True):
         print(f"\nQ: {question}")
         for name, (text, ended) in zip(("before", "after"), pair, strict=True):
             print(f"  {name} ({'ended by itself' if ended else f'cut at {MAX_NEW_TOKENS} tokens'}): {text}")
