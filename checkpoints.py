@@ -39,6 +39,14 @@ def read_json(path, made_by):
     return value
 
 
+def write_whole(path, text):
+    """Replace the file `path` by `text` in one step: a kill or a full disk leaves the old one."""
+    path = Path(path)
+    staging = path.with_name(f"{path.name}.unfinished")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
+
+
 def start_folder(output):
     """Return an empty folder beside `output` to write into. Raises: SystemExit if `output` already holds something."""
     output = Path(output)
@@ -123,9 +131,14 @@ def save(folder, step, state, facts, keep):
             for old in listed(folder)[keep:]:
                 shutil.rmtree(old)
 
-    together(prepare)
-    together(lambda: dcp.save(state, checkpoint_id=str(staging)))
-    together(finish)
+    try:
+        together(prepare)
+        together(lambda: dcp.save(state, checkpoint_id=str(staging)))
+        together(finish)
+    except OSError:
+        if rank0:
+            shutil.rmtree(staging, ignore_errors=True)  # its bytes may be what fills the disk
+        raise
     return final
 
 

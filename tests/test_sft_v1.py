@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
@@ -409,7 +410,50 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_ends_with_a_sentence(work):
     assert "WARNING: no checkpoint at step 12" in result.stdout
     assert "The last checkpoint could not be written. Make room" in result.stderr
     assert checkpoints.newest_whole(work / "full").name == "step_000010"
+    assert not list((work / "full").glob("staging_*"))
     assert "continue" in trained(work, "full", 1, "--max-steps", "12")
+
+
+def test_going_back_beside_newer_checkpoints_is_refused_and_a_changed_setting_is_told(work, two_ranks):
+    shutil.copytree(work / "two", work / "back")
+    result = torchrun(work, "back", 1, "--resume", "step_000020")
+    assert result.returncode == 1 and "holds checkpoints newer than step_000020. Move them away" in result.stderr
+    shutil.rmtree(work / "back" / "step_000030")
+    stdout = trained(work, "back", 1, "--resume", "step_000020", "--learning-rate", "2e-3", "--max-steps", "21")
+    assert "WARNING: settings changed after step 20: " in stdout and "LEARNING_RATE was 0.001, is 0.002" in stdout
+    history = checkpoints.verify(work / "back" / "step_000021")["history"]
+    assert history[0]["after_step"] == 20 and "MAX_STEPS was 30, is 21" in history[0]["changed"]
+
+
+def test_a_run_that_learns_nothing_stops(tmp_path):
+    base = write_base(tmp_path / "base", tiny_config(tied=False))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.model.embed_tokens.weight.data[24:] = math.inf
+    model.save_pretrained(base)
+    write_data(tmp_path / "data")
+    result = torchrun(tmp_path, "run", 1, "--max-skipped-in-a-row", "3")
+    assert result.returncode == 1
+    assert "3 steps in a row had no finite loss and gradient, up to step 3." in result.stderr
+
+
+def test_sequences_beyond_the_models_context_are_refused():
+    class Long:
+        lengths, tokens_per_micro_batch = np.array([300]), 4096
+
+    for config in (tiny_config(), tiny_config(transformers.MistralConfig, sliding_window=100)):
+        with pytest.raises(SystemExit, match=r"300 tokens, the model's context or window is \d+. Run prepare_data.py"):
+            sft_v1.check_batches(Long, "training", 1, config)
+
+
+def test_a_base_that_does_not_load_is_a_sentence(tmp_path):
+    base = write_base(tmp_path / "base", tiny_config())
+    (base / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(SystemExit, match=r"base does not load .* Run resize_vocab.py"):
+        sft_v1.load_model(base, 16, False)
+    tensors = {"model.norm.weight": torch.ones(64)}
+    safetensors.torch.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"lacks \d+ tensors, first"):
+        sft_v1.load_model(base, 16, False)
 
 
 def test_without_torchrun_it_says_how_to_start(work):
