@@ -9,15 +9,17 @@ A new row is the mean of the rows of the base tokenizer's real tokens, computed 
 an average word instead of noise that would dominate the softmax. Every other value keeps its bits.
 """
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import checkpoints
 import settings
@@ -31,6 +33,8 @@ OUTPUT_DIR = "checkpoints/base"  # folder to write; it must not hold anything ye
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+STOP = "<|im_end|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def load_tokenizer(folder):
@@ -54,7 +58,31 @@ def check_extension(base, extended, folder):
     for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
         if before[part] != after[part]:
             raise SystemExit(f"{folder} is no extension of the base's tokenizer: its {part} differs.")
-    return {token: place for token, place in sorted(new.items(), key=lambda item: item[1]) if token not in old}
+    added = {token: place for token, place in sorted(new.items(), key=lambda item: item[1]) if token not in old}
+    taken = {place: token for token, place in [*added.items(), *old.items()]}
+    if clash := next((token for token, place in added.items() if taken[place] != token), None):
+        # The tokenizers library counts tokens to find the next id; a vocabulary with holes has that id already.
+        raise SystemExit(
+            f"{folder}: the new token {clash!r} has the id {added[clash]} of {taken[added[clash]]!r}, so one row would "
+            "mean both. Fill the holes in the base tokenizer's ids, then run prepare_data.py again."
+        )
+    return added
+
+
+def special_ids(folder, tokenizer):
+    """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
+    names = checkpoints.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py")
+    tokens = {kind: names.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    tokens = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
+    ids = {kind: token and tokenizer.token_to_id(token) for kind, token in tokens.items()}
+    if tokens["eos"] != STOP or ids["eos"] is None:
+        raise SystemExit(f"{folder} ends turns with {tokens['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
+    if ids["pad"] in (None, ids["eos"]):
+        raise SystemExit(
+            f"{folder} pads with {tokens['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
+            "Run prepare_data.py again."
+        )
+    return ids
 
 
 def shards(folder):
@@ -63,13 +91,17 @@ def shards(folder):
     Raises: SystemExit if there are none or one that the index names is missing.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index, promised = folder / "model.safetensors.index.json", None
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(checkpoints.read_json(index, "your download").get("weight_map", {}).values()))
+        promised = checkpoints.read_json(index, "your download").get("weight_map")
+        if not isinstance(promised, dict) or any(Path(name).name != name for name in map(str, promised.values())):
+            raise SystemExit(f"{index} holds no map from tensors to files of that folder. Download the model again.")
+        files = sorted(set(promised.values()))
     if missing := [name for name in files if not (folder / name).is_file()]:
-        found = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
-        raise SystemExit(f"{folder} has no {missing[0]}, but {found[0]}. Only safetensors are read: save it as such.")
+        if found := sorted(path.name for path in folder.glob("*.bin")):
+            raise SystemExit(f"{folder} has {found[0]}, but no {missing[0]}. Only safetensors are read: save it so.")
+        raise SystemExit(f"{folder} has no {missing[0]}. Name the folder that holds the model.")
     names = {}
     for name in files:
         try:
@@ -77,21 +109,72 @@ def shards(folder):
                 names[name] = list(file.keys())
         except Exception as error:  # safetensors raises its own SafetensorError
             raise SystemExit(f"{folder / name} is no readable safetensors file ({error}).") from None
+    held = {tensor: name for name, tensors in names.items() for tensor in tensors}
+    if promised is not None and held != promised:
+        wrong = sorted(held.items() ^ promised.items())[0][0]
+        raise SystemExit(f"{index} and the files disagree about the tensor {wrong}. Download the model again.")
     return names
 
 
+def same_bits(first, second):
+    """Return whether two tensors have the same dtype, shape and bits (0.0 and -0.0 differ, NaN equals itself)."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.detach().contiguous().view(torch.uint8) for tensor in (first, second)))
+
+
 def check_base(config, layout, folder):
-    """Return whether both embeddings are tied. Raises: SystemExit if the folder is not a Llama-like model."""
-    names = [name for tensors in layout.values() for name in tensors]
-    tied = config.get("tie_word_embeddings", False)
-    if EMBEDDING not in names:
+    """Return (rows of the embedding, whether the head is tied to it).
+
+    Raises: SystemExit if the folder is not a Llama-like model, or its config.json does not describe its tensors.
+    """
+    try:
+        tied = AutoConfig.from_pretrained(folder).tie_word_embeddings
+    except Exception as error:  # whatever transformers raises about a config.json that it cannot read
+        raise SystemExit(f"{folder / 'config.json'} describes no model that transformers knows ({error}).") from None
+    tables = {}
+    for file_name, names in layout.items():
+        with safe_open(folder / file_name, "pt") as file:
+            tables |= {name: file.get_tensor(name) for name in names if name in (EMBEDDING, HEAD)}
+    if EMBEDDING not in tables:
         raise SystemExit(f"{folder} has no tensor {EMBEDDING}: it is not a Llama-like model.")
-    if not tied and HEAD not in names:
+    if not tied and HEAD not in tables:
         raise SystemExit(f"{folder}: config.json says untied embeddings, but there is no tensor {HEAD}.")
-    return tied
+    for name, table in tables.items():
+        if len(table) != config.get("vocab_size"):
+            raise SystemExit(
+                f"{folder}: {name} has {len(table)} rows, but config.json says vocab_size {config.get('vocab_size')}. "
+                "Correct config.json, or export the base again."
+            )
+    if tied and HEAD in tables and not same_bits(tables[HEAD], tables[EMBEDDING]):
+        raise SystemExit(
+            f"{folder}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}. Set tie_word_embeddings "
+            "to false if the model has a head of its own."
+        )
+    return len(tables[EMBEDDING]), tied
 
 
 # ==== Writing ====
+
+
+@contextlib.contextmanager
+def staged(output):
+    """Give a folder to write into that becomes `output` at the end of the block, or is removed if that fails.
+
+    Raises: SystemExit if `output` already holds something or the disk is full.
+    """
+    staging = None
+    try:
+        staging = checkpoints.start_folder(output)
+        yield staging
+        checkpoints.finish_folder(staging, output)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
+        ) from None
+    finally:
+        if staging:
+            shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
 
 
 def resized(rows, real, new_ids, vocabulary):
@@ -99,9 +182,10 @@ def resized(rows, real, new_ids, vocabulary):
 
     rows: any float dtype, which is kept; real: int64 ids of the base tokenizer's tokens. The mean is taken in float32.
     """
-    result = rows.new_zeros(max(len(rows), vocabulary), rows.shape[1])
+    mean = rows[real].float().mean(dim=0).to(rows.dtype)
+    result = mean.repeat(max(len(rows), vocabulary), 1)
     result[: len(rows)] = rows
-    result[new_ids] = rows[real].float().mean(dim=0).to(rows.dtype)
+    result[new_ids] = mean
     return result
 
 
@@ -120,26 +204,35 @@ def write_weights(base, layout, output, change):
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_configs(base, output, config, tokenizer_dir, tokenizer, rows):
-    """Write config.json and generation_config.json that agree with the prepared tokenizer, and copy that tokenizer."""
-    names = checkpoints.read_json(Path(tokenizer_dir) / "tokenizer_config.json", "prepare_data.py")
-    ids = {kind: tokenizer.token_to_id(names[f"{kind}_token"]) for kind in ("eos", "pad")}
-    before = config.get("eos_token_id")
+def write_configs(base, output, config, tokenizer_dir, ids, rows):
+    """Write config.json and generation_config.json with the prepared tokenizer's `ids`, and copy that tokenizer."""
     generation = base / "generation_config.json"
     generation = checkpoints.read_json(generation, "your download") if generation.is_file() else {}
-    stops = generation.get("eos_token_id", before)
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
-    generation["eos_token_id"] = list(dict.fromkeys([ids["eos"], *(stop for stop in stops if stop is not None)]))
-    generation["pad_token_id"] = ids["pad"]
+    ids = {f"{kind}_token_id": place for kind, place in ids.items() if place is not None}
+    generation |= ids
+    generation["eos_token_id"] = list(dict.fromkeys(stop for stop in [ids["eos_token_id"], *stops] if stop is not None))
     generation.pop("_from_model_config", None)
-    config = config | {"vocab_size": rows, "eos_token_id": ids["eos"], "pad_token_id": ids["pad"]}
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
+    for name, content in (("config.json", config | ids | {"vocab_size": rows}), ("generation_config.json", generation)):
         (output / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for path in Path(tokenizer_dir).iterdir():
-        shutil.copyfile(path, output / path.name)
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_dir) / name).is_file():
+            shutil.copyfile(Path(tokenizer_dir) / name, output / name)
 
 
 # ==== Verification ====
+
+
+def load(folder, dtype="auto"):
+    """Return the model in `folder`, in evaluation mode. Raises: SystemExit unless every tensor finds its place."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers raises several kinds for weights that do not fit the config
+        raise SystemExit(f"{folder} does not load with transformers ({type(error).__name__}: {error}).") from None
+    if problems := {kind: sorted(names) for kind, names in info.items() if names}:
+        raise SystemExit(f"{folder} does not load strictly: {problems}.")
+    return model.eval()
 
 
 def verify(base, output, new_ids, real, tied):
@@ -147,32 +240,33 @@ def verify(base, output, new_ids, real, tied):
 
     Checked: the tie, every old row's bits, every new row against the mean, all other tensors' bits, old logits.
     """
-    old, new = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for folder in (base, output))
+    old, new = load(base), load(output)
     embeddings = new.get_input_embeddings().weight
     if (embeddings.data_ptr() == new.get_output_embeddings().weight.data_ptr()) is not tied:
         raise SystemExit(
             f"{output}: input and output embedding are {'not ' if tied else ''}one tensor after reloading."
         )
     parts = dict(new.named_parameters())
+    if stray := {name for names in shards(output).values() for name in names} - parts.keys():
+        raise SystemExit(
+            f"{base}: the tensor {min(stray)} is no parameter of its model. Remove it from the safetensors."
+        )
     kept = torch.ones(old.get_input_embeddings().num_embeddings, dtype=torch.bool)
     kept[[place for place in new_ids if place < len(kept)]] = False
     for name, tensor in old.named_parameters():
-        result = parts.pop(name)
+        result = parts[name]
         if name in (EMBEDDING, HEAD):
             mean = tensor[real].float().mean(dim=0).to(tensor.dtype)
             if not (result[new_ids] == mean).all():
                 raise SystemExit(f"{output}: a new row of {name} is not the mean of the old ones.")
             tensor, result = tensor[kept], result[: len(kept)][kept]
-        if not torch.equal(tensor, result):
+        if not same_bits(tensor, result):
             raise SystemExit(f"{output}: {name} changed.")
-    if parts:
-        raise SystemExit(f"{output} has a tensor more than the base: {next(iter(parts))}.")
     prompt = real[:: max(1, len(real) // 16)][None]
     with torch.no_grad():
         before, after = (model(input_ids=prompt).logits for model in (old, new))
-    if not torch.equal(before[..., kept], after[..., : len(kept)][..., kept]):
+    if not same_bits(before[..., kept], after[..., : len(kept)][..., kept]):
         raise SystemExit(f"{output}: logits of old tokens changed.")
-    return embeddings.shape[0]
 
 
 # ==== Main ====
@@ -180,40 +274,33 @@ def verify(base, output, new_ids, real, tied):
 
 def main(run):
     """Write the resized model as the settings `run` (dict) say, and verify it."""
+    transformers.utils.logging.disable_progress_bar()
     base, output = Path(BASE_MODEL), Path(OUTPUT_DIR)
-    staging = checkpoints.start_folder(output)
-    config = checkpoints.read_json(base / "config.json", "import_base.py or your download")
+    config = checkpoints.read_json(base / "config.json", "your download")
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(TOKENIZER)
-    new = check_extension(base_tokenizer, tokenizer, TOKENIZER)
+    new, ids = check_extension(base_tokenizer, tokenizer, TOKENIZER), special_ids(TOKENIZER, tokenizer)
     layout = shards(base)
-    tied = check_base(config, layout, base)
+    base_rows, tied = check_base(config, layout, base)
     new_ids, old_ids = list(new.values()), sorted(base_tokenizer.get_vocab(with_added_tokens=True).values())
     real = torch.tensor(old_ids)
-    if old_ids[-1] >= config["vocab_size"]:
-        raise SystemExit(f"{base}: its tokenizer has the id {old_ids[-1]}, its model only {config['vocab_size']} rows.")
-    vocabulary = max(old_ids[-1], *new_ids) + 1 if new_ids else old_ids[-1] + 1
-    rows = max(config["vocab_size"], vocabulary)
+    if old_ids[-1] >= base_rows:
+        raise SystemExit(f"{base}: its tokenizer has the id {old_ids[-1]}, its model only {base_rows} rows.")
+    vocabulary = max(old_ids[-1], *new_ids, 0) + 1
+    rows = max(base_rows, vocabulary)
 
     def change(name, tensor):
         if tied and name == HEAD:
             return None  # the same tensor as the embedding; a second copy could drift apart
         return resized(tensor, real, new_ids, vocabulary) if name in (EMBEDDING, HEAD) else tensor
 
-    write_weights(base, layout, staging, change)
-    write_configs(base, staging, config, TOKENIZER, tokenizer, rows)
-    facts = {
-        "base": BASE_MODEL,
-        "base_rows": config["vocab_size"],
-        "rows": rows,
-        "tied": tied,
-        "new_ids": new,
-        "averaged_rows": len(old_ids),
-        "tokenizer_sha256": checkpoints.sha256(staging / "tokenizer.json"),
-    }
-    (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    verify(base, staging, new_ids, real, tied)
-    checkpoints.finish_folder(staging, output)
-    print(f"{BASE_MODEL} -> {OUTPUT_DIR}: {facts['base_rows']:,} -> {rows:,} rows, {'tied' if tied else 'untied'}")
+    facts = {"base": BASE_MODEL, "base_rows": base_rows, "rows": rows, "tied": tied, "new_ids": new}
+    facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": checkpoints.sha256(Path(TOKENIZER) / "tokenizer.json")}
+    with staged(output) as staging:
+        write_weights(base, layout, staging, change)
+        write_configs(base, staging, config, TOKENIZER, ids, rows)
+        (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        verify(base, staging, new_ids, real, tied)
+    print(f"{BASE_MODEL} -> {OUTPUT_DIR}: {base_rows:,} -> {rows:,} rows, {'tied' if tied else 'untied'}")
     for token, place in new.items():
         print(f"  {place:>6}  {token}  = mean of {len(old_ids):,} rows")
     if rows > vocabulary:

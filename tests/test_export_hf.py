@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoints
+import export_hf
+import resize_vocab
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = {
@@ -125,19 +129,174 @@ def test_float32_in_several_files_of_an_earlier_checkpoint(work):
     assert index["metadata"]["total_size"] == sum(p.numel() for p in model.parameters()) * 4
 
 
-def test_what_cannot_be_exported_is_a_sentence(work, tmp_path):
-    error = call(work, "export_hf.py", ok=False)
-    assert "exports/sft_v1 is not empty. Move it away" in error
-    error = call(work, "export_hf.py", "--checkpoint-dir", tmp_path, ok=False)
-    assert "holds no whole checkpoint. Run sft_v1.py first" in error
-    error = call(work, "export_hf.py", "--checkpoint", "step_000077", "--output-dir", tmp_path / "a", ok=False)
-    assert "step_000077: no such checkpoint folder" in error
-    error = call(work, "export_hf.py", "--base-model", "models/base", "--output-dir", tmp_path / "a", ok=False)
-    assert "models/base is not the base that" in error
-    damaged = shutil.copytree(work / "checkpoints" / "sft_v1" / "step_000050", tmp_path / "run" / "step_000050")
-    shard = next(damaged.glob("*.distcp"))
+# ==== A checkpoint written in this process: facts, older readers, refusals ====
+
+
+def make_checkpoint(folder, tied=True, harm=None, **shape):
+    """Write a tiny base, resize it, and save two checkpoints of weights near it under `folder`, without training."""
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=0, **shape,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "models" / "base")
+    backend = Tokenizer(models.WordLevel({f"w{place}": place for place in range(60)}, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "models" / "base" / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.add_tokens(["<think>", "</think>"])
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    names = {"bos_token": "w1", "eos_token": "<|im_end|>", "pad_token": "w2"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(resize_vocab, "TOKENIZER", "tokenizer")
+        resize_vocab.main({})
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "base", dtype=torch.float32)
+        state = {f"model.{name}": part.detach() * 1.001 for name, part in model.named_parameters()}
+        state |= {f"optimizer.exp_avg.{name}": torch.zeros_like(part) for name, part in model.named_parameters()}
+        if harm:
+            harm(state)
+        base = folder / "checkpoints" / "base"
+        prints = {"data": "", "tokenizer": checkpoints.sha256(base / "tokenizer.json")}
+        prints["base"] = checkpoints.folder_digest(base, "*.safetensors")
+        recipe = (
+            "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
+        )
+        recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
+        settings = dict.fromkeys(recipe.split(), 1) | {"DATA_DIR": "data/sft_v1"}
+        facts = {"fingerprints": prints, "settings": settings, "versions": {}, "world_size": 1, "base_model": "base"}
+        for step in (50, 100):
+            stamped = facts | {"step": step, "updates": step}
+            checkpoints.save(folder / "checkpoints" / "sft_v1", step, state, stamped, keep=9)
+    return folder
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """Return a function that exports in this process, in `tmp_path`, and returns the output folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export_hf, "MAX_NEW_TOKENS", 2)
+
+    def run(**constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(export_hf, name, value)
+        export_hf.main({})
+        return tmp_path / export_hf.OUTPUT_DIR
+
+    return run
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+ROPES = [{}, {"factor": 2.0, "rope_type": "linear"}]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_older_readers_find_theta_scaling_dtype_and_a_tokenizer_class_they_know(tmp_path, export, tied, rope):
+    rope = {"rope_theta": 500_000.0, "rope_type": "default"} | rope
+    make_checkpoint(tmp_path, tied, rope_parameters=rope)
+    output = export(DTYPE="float32", MAX_SHARD_GIB=3e-6)
+    config = json.loads((output / "config.json").read_text())
+    assert config["rope_theta"] == 500_000 and config["torch_dtype"] == config["dtype"] == "float32"
+    expected = None if rope["rope_type"] == "default" else {"factor": 2.0, "rope_type": "linear"}
+    assert config.get("rope_scaling") == expected
+    assert json.loads((output / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    ours, base = (transformers.AutoConfig.from_pretrained(path) for path in (output, tmp_path / "checkpoints" / "base"))
+    assert ours.rope_parameters == base.rope_parameters
+    index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {name: path.name for path in output.glob("*.safetensors") for name in load_file(path)}
+    assert ("lm_head.weight" in index) is not tied
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_its_own_losses(tmp_path, export):
+    run = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1"
+    lines = [{"step": 0, "validation_loss": 7}, {"step": 50, "loss": 5}, {"step": 50, "validation_loss": 6}]
+    lines += [{"step": 51, "loss": None}, {"step": 100, "loss": 1}, {"step": 100, "validation_loss": 2}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lo')
+    early = (export(CHECKPOINT="step_000050", OUTPUT_DIR="early") / "README.md").read_text()
+    assert "last training loss: 5.0000" in early and "7.0000 at first, 6.0000 at last" in early
+    path = "checkpoints/sft_v1/step_000100"  # as the shell completes it
+    last = (export(CHECKPOINT=path, OUTPUT_DIR="last") / "README.md").read_text()
+    assert "last training loss: 1.0000" in last and "7.0000 at first, 2.0000 at last" in last
+
+
+BASE = "checkpoints/base"
+REFUSALS = [
+    (lambda folder: shutil.rmtree(folder / BASE), "has no model.safetensors. Name the folder"),
+    (lambda folder: (folder / BASE / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
+    (lambda folder: (folder / BASE / "generation_config.json").unlink(), "generation_config.json is missing"),
+    (lambda folder: edit_json(folder / BASE / "generation_config.json", eos_token_id=0), "generation stops at 0, not"),
+    (lambda folder: edit_json(folder / BASE / "tokenizer_config.json", pad_token="<|im_end|>"), "a token other than"),
+    (lambda folder: edit_json(folder / BASE / "config.json", num_hidden_layers=2), "does not load strictly"),
+    (lambda folder: (folder / BASE / "tokenizer.json").write_text("{}"), "is not the tokenizer that"),
+    (lambda folder: shutil.rmtree(folder / "checkpoints" / "sft_v1"), "holds no whole checkpoint. Run sft_v1.py"),
+]
+BAD_WEIGHTS = [
+    (lambda state: state["model.model.norm.weight"][0].fill_(torch.inf), "norm.weight is not finite in torch.bfloat16"),
+    (lambda state: state.pop("model.model.norm.weight"), "in 1 tensors: model.norm.weight ['-'] there, [16] here"),
+    (lambda state: state.update({"model.x": torch.ones(2)}), "in 1 tensors: x [2] there, ['-'] here"),
+]
+
+
+@pytest.mark.parametrize(("harm", "sentence"), REFUSALS)
+def test_what_does_not_belong_to_the_checkpoint_is_refused(tmp_path, export, harm, sentence):
+    harm(make_checkpoint(tmp_path))
+    with pytest.raises(SystemExit) as refusal:
+        export()
+    assert sentence in str(refusal.value) and not list((tmp_path / "exports").glob("*"))
+
+
+@pytest.mark.parametrize(("harm", "sentence"), BAD_WEIGHTS)
+def test_weights_that_no_model_should_have_are_refused(tmp_path, export, harm, sentence):
+    make_checkpoint(tmp_path, harm=harm)
+    with pytest.raises(SystemExit) as refusal:
+        export()
+    assert sentence in str(refusal.value) and not list((tmp_path / "exports").glob("*"))
+
+
+@pytest.mark.parametrize("harm", [{"rope_theta": 1.0}, {"rms_norm_eps": 0.1}])
+def test_a_configuration_that_computes_something_else_is_seen_in_the_logits(tmp_path, export, monkeypatch, harm):
+    make_checkpoint(tmp_path)
+
+    def write_wrong_configs(base, output, dtype_name, write=export_hf.write_configs):
+        write(base, output, dtype_name)
+        edit_json(output / "config.json", rope_parameters=None, **harm)
+
+    monkeypatch.setattr(export_hf, "write_configs", write_wrong_configs)
+    monkeypatch.setattr(export_hf, "PROMPTS", ("w3 w4 w5 w6 w7 w8",))
+    with pytest.raises(SystemExit, match=r"logits of .* differ from the checkpoint's"):
+        export()
+
+
+def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path):
+    make_checkpoint(tmp_path)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, resource.RLIM_INFINITY))  # noqa: E731
+    command = [sys.executable, str(ROOT / "export_hf.py")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=limit)
+    assert result.returncode == 1 and "exports/sft_v1 cannot be written" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and not list((tmp_path / "exports").iterdir())
+
+
+def test_what_cannot_be_exported_is_a_sentence(tmp_path, export):
+    run = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1"
+    (export() / "thesis.txt").write_text("precious")
+    error = call(tmp_path, "export_hf.py", ok=False)
+    assert "exports/sft_v1 is not empty. Move it away" in error and "Traceback" not in error
+    assert (tmp_path / "exports" / "sft_v1" / "thesis.txt").read_text() == "precious"
+    shard = next((run / "step_000050").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    flags = ["--checkpoint-dir", tmp_path / "run", "--checkpoint", "step_000050", "--output-dir", tmp_path / "a"]
-    error = call(work, "export_hf.py", *flags, ok=False)
-    assert "is not a whole checkpoint: its file" in error
-    assert not (tmp_path / "a").exists()
+    for constants, sentence in (
+        ({"CHECKPOINT": "step_000050"}, "is not a whole checkpoint: its file"),
+        ({"CHECKPOINT": "step_000077"}, "step_000077: no such checkpoint folder"),
+        ({"CHECKPOINT": "latest", "BASE_MODEL": "models/base"}, "models/base is not the base that"),
+        ({"DTYPE": "float16"}, "must be bfloat16 or float32"),
+        ({"DTYPE": "bfloat16", "MAX_SHARD_GIB": 0.0}, "MAX_SHARD_GIB must be above 0"),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            export(OUTPUT_DIR="a", **constants)
+        assert sentence in str(refusal.value) and not list(tmp_path.glob("a*"))

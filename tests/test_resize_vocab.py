@@ -1,6 +1,7 @@
 """resize_vocab.py: new rows are means, old bits stay, and what does not belong together is refused."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
+
+import resize_vocab
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = {"<|im_start|>": 49_152, "<|im_end|>": 49_153, "<think>": 49_154, "</think>": 49_155}
@@ -41,9 +44,9 @@ def prepared(bpe_tokenizer_dir, tmp_path_factory):
     return folder
 
 
-def run(base, tokenizer, output):
+def run(base, tokenizer, output, **options):
     command = [sys.executable, ROOT / "resize_vocab.py", "--base-model", base, "--tokenizer", tokenizer]
-    return subprocess.run([*map(str, command), "--output-dir", str(output)], capture_output=True, text=True)
+    return subprocess.run([*map(str, command), "--output-dir", str(output)], capture_output=True, text=True, **options)
 
 
 def weights(folder):
@@ -96,15 +99,46 @@ def test_a_tied_model_saved_with_a_copy_of_its_head_loses_the_copy(tmp_path, bpe
     assert "lm_head.weight" not in weights(tmp_path / "out")
 
 
-def harm_tokenizer(change):
-    """Return a function that edits the tokenizer.json of a copy of the prepared folder."""
+def test_a_base_that_has_the_tokens_already_stays_as_it_is(tmp_path, bpe_tokenizer_dir, prepared):
+    base = write_base(tmp_path / "base", bpe_tokenizer_dir, rows=49_156)
+    shutil.copyfile(prepared / "tokenizer.json", base / "tokenizer.json")
+    assert (result := run(base, prepared, tmp_path / "out")).returncode == 0, result.stderr
+    before, after = weights(base), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "out" / "resize.json").read_text())["new_ids"] == {}
 
-    def harm(base, prepared):
-        state = json.loads((prepared / "tokenizer.json").read_text())
-        change(state)
-        (prepared / "tokenizer.json").write_text(json.dumps(state))
 
-    return harm
+def test_nothing_but_a_tokenizer_is_copied_from_its_folder_and_its_bos_counts(tmp_path, bpe_tokenizer_dir, prepared):
+    base = write_base(tmp_path / "base", bpe_tokenizer_dir)
+    tokenizer = shutil.copytree(prepared, tmp_path / "tokenizer")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(base / name, tokenizer / name)
+    (tokenizer / "older").mkdir()
+    names = json.loads((tokenizer / "tokenizer_config.json").read_text()) | {"bos_token": {"content": "<|im_start|>"}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(names))
+    assert (result := run(base, tokenizer, tmp_path / "out")).returncode == 0, result.stderr
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["bos_token_id"] == 49_152
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 49_156
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(base, **changes):
+    """Replace tensors of the model, `__` standing for a dot; None removes one, a function gets all of them."""
+    tensors = weights(base)
+    for name, change in changes.items():
+        tensors[name.replace("__", ".")] = change(tensors) if callable(change) else change
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_tokenizer(prepared, change):
+    state = json.loads((prepared / "tokenizer.json").read_text())
+    change(state)
+    (prepared / "tokenizer.json").write_text(json.dumps(state))
 
 
 def swap(state):
@@ -113,36 +147,96 @@ def swap(state):
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
 
 
+def write_index(base, **places):
+    edit = {"weight_map": dict.fromkeys(weights(base), "model.safetensors") | places}
+    (base / "model.safetensors.index.json").write_text(json.dumps(edit))
+
+
 REFUSALS = [
     (lambda base, prepared: shutil.rmtree(base), "config.json is missing"),
     (lambda base, prepared: (base / "tokenizer.json").unlink(), "no readable tokenizer.json"),
     (lambda base, prepared: (prepared / "tokenizer.json").write_text("{"), "no readable tokenizer.json"),
+    (lambda base, prepared: (prepared / "tokenizer_config.json").unlink(), "tokenizer_config.json is missing"),
     (lambda base, prepared: (base / "config.json").write_text("[]"), "holds a list, not an object"),
+    (lambda base, prepared: edit_json(base / "config.json", model_type="x"), "describes no model that transformers"),
+    (
+        lambda base, prepared: edit_json(base / "config.json", vocab_size=9),
+        "49152 rows, but config.json says vocab_size 9",
+    ),
+    (lambda base, prepared: edit_json(base / "config.json", tie_word_embeddings=False), "there is no tensor lm_head"),
+    (lambda base, prepared: edit_json(base / "config.json", num_hidden_layers=3), "does not load strictly: {'missing"),
+    (lambda base, prepared: edit_json(base / "config.json", hidden_size=32), "does not load with transformers"),
     (
         lambda base, prepared: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
-        "has no model.safetensors, but pytorch_model.bin. Only safetensors are read",
+        "has pytorch_model.bin, but no model.safetensors. Only safetensors are read",
     ),
+    (lambda base, prepared: (base / "model.safetensors").unlink(), "has no model.safetensors. Name the folder"),
     (lambda base, prepared: (base / "model.safetensors").write_bytes(b"x" * 99), "is no readable safetensors file"),
+    (lambda base, prepared: write_index(base, extra="../a"), "holds no map from tensors to files of that folder"),
+    (lambda base, prepared: write_index(base, extra="model.safetensors"), "disagree about the tensor extra"),
+    (lambda base, prepared: edit_weights(base, model__embed_tokens__weight=None), "has no tensor model.embed_tokens"),
+    (lambda base, prepared: edit_weights(base, model__norm__weight=None), "does not load strictly: {'missing_keys'"),
+    (lambda base, prepared: edit_weights(base, model__wte=torch.ones(2)), "does not load strictly: {'unexpected_keys'"),
     (
-        lambda base, prepared: save_file({"wte.weight": torch.zeros(2)}, base / "model.safetensors"),
-        "has no tensor model.embed_tokens.weight",
+        lambda base, prepared: edit_weights(base, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
+        "rotary_emb.inv_freq is no parameter of its model",
     ),
-    (harm_tokenizer(swap), "is no extension of the base's tokenizer: token"),
     (
-        harm_tokenizer(lambda state: state.update(normalizer={"type": "NFKC"})),
+        lambda base, prepared: edit_weights(base, lm_head__weight=lambda old: old["model.embed_tokens.weight"] + 1),
+        "says tied embeddings, but lm_head.weight differs",
+    ),
+    (lambda base, prepared: edit_tokenizer(prepared, swap), "is no extension of the base's tokenizer: token"),
+    (
+        lambda base, prepared: edit_tokenizer(prepared, lambda state: state.update(normalizer={"type": "NFKC"})),
         "is no extension of the base's tokenizer: its normalizer differs",
+    ),
+    (
+        lambda base, prepared: edit_tokenizer(prepared, lambda state: state["model"]["merges"].pop()),
+        "is no extension of the base's tokenizer: its model differs",
+    ),
+    (
+        lambda base, prepared: edit_json(prepared / "tokenizer_config.json", eos_token="<|endoftext|>"),
+        "ends turns with '<|endoftext|>', not <|im_end|>",
+    ),
+    (
+        lambda base, prepared: edit_json(prepared / "tokenizer_config.json", pad_token="<|im_end|>"),
+        "it must be a token other than <|im_end|>",
     ),
 ]
 
 
 @pytest.mark.parametrize(("harm", "sentence"), REFUSALS)
-def test_what_does_not_belong_together_is_refused(tmp_path, bpe_tokenizer_dir, prepared, harm, sentence):
+def test_what_does_not_belong_together_is_refused(tmp_path, bpe_tokenizer_dir, prepared, monkeypatch, harm, sentence):
     base = write_base(tmp_path / "base", bpe_tokenizer_dir)
     tokenizer = shutil.copytree(prepared, tmp_path / "tokenizer")
     harm(base, tokenizer)
-    result = run(base, tokenizer, tmp_path / "out")
-    assert result.returncode == 1 and sentence in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+    for name, folder in (("BASE_MODEL", base), ("TOKENIZER", tokenizer), ("OUTPUT_DIR", tmp_path / "out")):
+        monkeypatch.setattr(resize_vocab, name, str(folder))
+    with pytest.raises(SystemExit) as refusal:
+        resize_vocab.main({})
+    assert sentence in str(refusal.value) and not list(tmp_path.glob("out*"))
+
+
+def test_a_vocabulary_with_holes_gives_no_token_the_row_of_another():
+    base = Tokenizer(models.WordLevel({"a": 0, "b": 2, "c": 3}, unk_token="a"))
+    extended = Tokenizer.from_str(base.to_str())
+    extended.add_tokens(["new", "other"])
+    with pytest.raises(SystemExit, match="the new token 'new' has the id 3 of 'c'"):
+        resize_vocab.check_extension(base, extended, "folder")
+
+
+def test_bits_are_compared_not_values():
+    one = torch.tensor([0.0, float("nan")])
+    assert resize_vocab.same_bits(one, one.clone()) and not resize_vocab.same_bits(one, -one)
+    assert not resize_vocab.same_bits(one, one[:1]) and not resize_vocab.same_bits(one, one.bfloat16())
+
+
+def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, bpe_tokenizer_dir, prepared):
+    base = write_base(tmp_path / "base", bpe_tokenizer_dir)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # noqa: E731
+    result = run(base, prepared, tmp_path / "out", preexec_fn=limit)
+    assert result.returncode == 1 and "out cannot be written" in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_model_with_fewer_rows_than_its_tokenizer_is_refused(tmp_path, bpe_tokenizer_dir, prepared):

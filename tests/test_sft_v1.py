@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +110,11 @@ def torchrun(work, output, ranks, *flags, limit=None):
     if limit:
         line = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *line]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
+    result = subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
+    if re.search(r"DistNetworkError|DistStoreError|Rendezvous\w*Error|[Gg]loo connect", result.stderr):
+        # The processes did not find each other on a loaded machine; the script itself had not begun.
+        result = subprocess.run(line, capture_output=True, text=True, env=env, timeout=300)
+    return result
 
 
 def trained(work, output, ranks, *flags):
