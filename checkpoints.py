@@ -6,6 +6,7 @@ run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other
 resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest is verified.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 STAGING = "staging_"
@@ -47,22 +49,29 @@ def write_whole(path, text):
     staging.replace(path)
 
 
-def start_folder(output):
-    """Return an empty folder beside `output` to write into. Raises: SystemExit if `output` already holds something."""
+@contextlib.contextmanager
+def staged(output):
+    """Give an empty folder beside `output` that gets its name at the end of the block, or is removed if that fails.
+
+    Raises: SystemExit if `output` already holds something or the disk is full.
+    """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
     staging = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    return staging
-
-
-def finish_folder(staging, output):
-    """Give the finished folder `staging` its name `output`."""
-    if Path(output).exists():
-        Path(output).rmdir()
-    staging.rename(output)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        if output.exists():
+            output.rmdir()
+        staging.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
 
 
 def folder_digest(folder, pattern):

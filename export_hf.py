@@ -281,7 +281,7 @@ def main(run):
     checkpoint, facts = choose(CHECKPOINT_DIR, CHECKPOINT)
     shapes = agree(checkpoint, facts, BASE_MODEL)
     dtype, output = getattr(torch, DTYPE), Path(OUTPUT_DIR)
-    with resize_vocab.staged(output) as staging:
+    with checkpoints.staged(output) as staging:
         layout = write_weights(checkpoint, shapes, dtype, int(MAX_SHARD_GIB * 2**30), staging)
         write_configs(BASE_MODEL, staging, DTYPE)
         (staging / "README.md").write_text(model_card(facts, checkpoint, shapes, DTYPE), encoding="utf-8")

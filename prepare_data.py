@@ -583,17 +583,9 @@ def main(run):
         show(OUTPUT_DIR, SHOW)
         return
     sources, folder = read_mixture(MIXTURE)
-    output, staging = Path(OUTPUT_DIR), None
-    try:
-        staging = checkpoints.start_folder(output)
+    output = Path(OUTPUT_DIR)
+    with checkpoints.staged(output) as staging:
         report = prepare(run, sources, folder, staging)
-        checkpoints.finish_folder(staging, output)
-    except OSError as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
-        raise SystemExit(
-            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
-        ) from None
     digest = report["digest"]
     print(f"\n{report_markdown(report)}\ndigest: train {digest['train'][:16]}, validation {digest['validation'][:16]}")
     print(f"written: {output}; rejected rows one by one in {output}/rejected.jsonl")

@@ -9,14 +9,13 @@ A new row is the mean of the rows of the base tokenizer's real tokens, computed 
 an average word instead of noise that would dominate the softmax. Every other value keeps its bits.
 """
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -157,26 +156,6 @@ def check_base(config, layout, folder):
 # ==== Writing ====
 
 
-@contextlib.contextmanager
-def staged(output):
-    """Give a folder to write into that becomes `output` at the end of the block, or is removed if that fails.
-
-    Raises: SystemExit if `output` already holds something or the disk is full.
-    """
-    staging = None
-    try:
-        staging = checkpoints.start_folder(output)
-        yield staging
-        checkpoints.finish_folder(staging, output)
-    except (OSError, SafetensorError) as error:
-        raise SystemExit(
-            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
-        ) from None
-    finally:
-        if staging:
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
-
-
 def resized(rows, real, new_ids, vocabulary):
     """Return `rows` [old rows, hidden] with at least `vocabulary` rows, those at `new_ids` set to the mean of `real`.
 
@@ -295,7 +274,7 @@ def main(run):
 
     facts = {"base": BASE_MODEL, "base_rows": base_rows, "rows": rows, "tied": tied, "new_ids": new}
     facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": checkpoints.sha256(Path(TOKENIZER) / "tokenizer.json")}
-    with staged(output) as staging:
+    with checkpoints.staged(output) as staging:
         write_weights(base, layout, staging, change)
         write_configs(base, staging, config, TOKENIZER, ids, rows)
         (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
