@@ -7,6 +7,7 @@ resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest i
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -49,15 +50,39 @@ def write_whole(path, text):
     staging.replace(path)
 
 
+def refuse_unless_empty(output):
+    """Raise SystemExit if the path `output` already holds something."""
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold the lock of `folder` for the block; the system gives it back however the process ends, even by SIGKILL.
+
+    Raises: SystemExit if another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise SystemExit(
+            f"{folder} is in use by another run. Wait for its end, or name another --output-dir."
+        ) from None
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def staged(output):
     """Give an empty folder beside `output` that gets its name at the end of the block, or is removed if that fails.
 
     Raises: SystemExit if `output` already holds something or the disk is full.
     """
+    refuse_unless_empty(output)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
     staging = output.with_name(f"{output.name}.unfinished")
     try:
         shutil.rmtree(staging, ignore_errors=True)

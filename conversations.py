@@ -4,10 +4,17 @@ A row becomes a list of (role, content) that alternates from user to assistant, 
 rejected with a reason. Used by prepare_data.py.
 """
 
+import hashlib
 import json
+import os
+import re
 import sys
+import unicodedata
+from array import array
+from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 
 # ==== What is known ====
@@ -27,120 +34,170 @@ TOOL_ROLES = ("tool", "function", "ipython", "function_call", "function_response
 
 
 class JsonRows:
-    """Random access to the rows of a JSONL file or a JSON array, by byte offsets; the file is read in a stream."""
+    """Random access to the rows of a JSONL file or a JSON array, by byte offsets; any process may read at any time."""
 
-    def __init__(self, path, spool):
+    def __init__(self, path):
         self.is_array = path.suffix != ".jsonl"
-        if not self.is_array:
-            self.file = path.open("rb")
-        else:
-            self.file = spool.open("w+b")
-            for record in json_array(path):
-                self.file.write(record + b"\n")
-            self.file.seek(0)
-        spans, end = [], 0
-        for line in self.file:
-            begin, end = end, end + len(line)
-            if line.strip():
-                spans.append((begin, end))
-        self.spans = np.array(spans, np.int64)
+        self.spans = np.frombuffer(array_spans(path) if self.is_array else line_spans(path), np.int64).reshape(-1, 2)
+        self.file = path.open("rb", buffering=0)
 
     def __len__(self):
         return len(self.spans)
 
-    def __getitem__(self, number):
-        begin, end = self.spans[number].tolist()
-        self.file.seek(begin)
+    def take(self, numbers):
+        """Return for each row number (the row, None) or (None, (reason, first words)) if it cannot be read."""
+        return [self.read(*self.spans[number].tolist()) for number in numbers]
+
+    def read(self, begin, end):
+        data = os.pread(self.file.fileno(), end - begin, begin)  # no file position: forked processes would share it
         try:
-            return json.loads(self.file.read(end - begin))
-        except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            # Of an array only the end can be unreadable: json_array stops there.
-            raise ValueError("truncated file" if self.is_array else "row is not valid JSON") from None
+            return json.loads(data.decode()), None
+        except UnicodeDecodeError:
+            reason = "row is not valid UTF-8"
+        except (ValueError, RecursionError):
+            # Of an array only the end can be unreadable: array_spans stops there.
+            reason = "truncated file" if self.is_array else "row is not valid JSON"
+        return None, (reason, data[:80].decode("utf-8", "replace"))
 
 
-def json_array(path, chunk=1 << 20):
-    """Yield each element of the JSON array in the file `path` as one line of bytes, holding one element at a time.
+class ArrowRows:
+    """Random access to the rows of a `datasets.Dataset`, which lies memory-mapped on the disk."""
 
-    Where it cannot be decoded (mostly a cut-off end) it stops, warns, and yields the rest's start as it stands, so
-    that it is counted as a row of a truncated file.
+    def __init__(self, dataset):
+        self.dataset = dataset.with_format("arrow")
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def take(self, numbers):
+        """Return for each row number (the row, None)."""
+        return [(row, None) for row in self.dataset[numbers].to_pylist()]
+
+
+def line_spans(path):
+    """Return where the lines of the file `path` that hold something lie: begin and end of each, in bytes."""
+    spans, end = array("q"), 0
+    with path.open("rb") as file:
+        for line in file:
+            begin, end = end, end + len(line)
+            if line.strip():
+                spans.extend((begin, end))
+    return spans
+
+
+def array_spans(path, chunk=1 << 20):
+    """Return where the elements of the JSON array in the file `path` lie: begin and end of each, in bytes.
+
+    The file is read in a stream, one element is held at a time. Where it cannot be decoded (mostly a cut-off end), this
+    warns and gives the rest as one span, so that it is counted as a row of a truncated file.
     Raises: SystemExit if the file does not begin an array.
     """
-    decoder, buffer, rows = json.JSONDecoder(), "", 0
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        buffer = file.read(chunk).lstrip("\ufeff \t\r\n")
-        if not buffer.startswith("["):
+    decoder, spans, between = json.JSONDecoder(), array("q"), re.compile(r"[, \t\r\n]*")
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        buffer = file.read(chunk)
+        opening = re.match(r"\ufeff?[ \t\r\n]*\[", buffer)
+        if not opening:
             raise SystemExit(
                 f"{path}: expected a JSON array of rows, found {buffer[:20]!r}. Name a .jsonl file as such."
             )
-        buffer, more = buffer[1:], True
+        place, offset, more = opening.end(), size_in_bytes(opening[0]), True  # the same place in buffer and in file
         while True:
-            buffer = buffer.lstrip(", \t\r\n")
+            begin = between.match(buffer, place).end()
             try:
-                value, end = decoder.raw_decode(buffer)
+                _, end = decoder.raw_decode(buffer, begin)
                 complete = end < len(buffer) or not more  # a number at the buffer's end may go on
             except (ValueError, RecursionError):
                 complete = False
             if complete:
-                yield json.dumps(value).encode()
-                rows += 1
-                buffer = buffer[end:]
-            elif more and not buffer.startswith("]"):
+                first = offset + size_in_bytes(buffer[place:begin])
+                place, offset = end, first + size_in_bytes(buffer[begin:end])
+                spans.extend((first, offset))
+            elif more and not buffer.startswith("]", begin):
+                buffer, place = buffer[place:], 0
                 more = file.read(max(chunk, len(buffer)))  # doubling: a huge row is not decoded again for every chunk
                 buffer += more
             else:
                 break
-    if not buffer.startswith("]"):
+    if not buffer.startswith("]", begin):
         print(
-            f"WARNING: {path} is cut off or invalid after {rows:,} rows: its last {len(buffer):,} characters are left "
-            "out. Get the whole file again if you need them.",
+            f"WARNING: {path} is cut off or invalid after {len(spans) // 2:,} rows: its last "
+            f"{path.stat().st_size - offset:,} bytes are left out. Get the whole file again if you need them.",
             file=sys.stderr,
         )
-        yield buffer.replace("\n", " ").encode("utf-8", "surrogateescape")[:1000]
+        spans.extend((offset, path.stat().st_size))
+    return spans
 
 
-def open_source(source, folder, spool):
-    """Return the rows of a source: an object with a length and random access by row number.
+def size_in_bytes(text):
+    """Return how many bytes of UTF-8 `text` was read from."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
+
+def find_source(source, folder):
+    """Find the file or hub data of a source without reading its rows; relative paths start from `folder`.
+
+    Returns: (a function that opens the rows, an object with a length and `take`; facts, a dict that differs when the
+    rows do, with the hub's commit or files under "revision").
     Raises: SystemExit if the file, the hub or a column is missing.
     """
-    where = source.get("path") or source["hub"]
+    columns = [*SCHEMAS[source["schema"]][0], *source.get("exclude", {})]
+    revision = None
     if "path" in source:
         path = folder / source["path"]
         if not path.is_file():
             raise SystemExit(f"{source['name']}: no file {path}. Put it there or change the source's path.")
-        if path.suffix in (".json", ".jsonl"):
-            return JsonRows(path, spool)
-        if path.suffix != ".parquet":
-            raise SystemExit(f"{source['name']}: {path} is no .jsonl, .json or .parquet file.")
-        arguments = {"path": "parquet", "data_files": str(path), "split": "train"}
+    elif "file" in source:  # as it lies on the hub: `datasets` would hold a JSON array of 2 GB in memory
+        asked = {"repo_id": source["hub"], "filename": source["file"], "revision": source.get("revision")}
+        path = Path(fetch(source, lambda: huggingface_hub.hf_hub_download(**asked, repo_type="dataset")))
+        revision = path.parents[len(Path(source["file"]).parts) - 1].name
     else:
-        arguments = {"path": source["hub"], "name": source.get("config"), "split": source.get("split", "train")}
-        arguments["revision"] = source.get("revision")
+        asked = {"name": source.get("config"), "split": source.get("split", "train")}
+        asked["revision"] = source.get("revision")
+        rows = with_columns(source, fetch(source, lambda: datasets.load_dataset(source["hub"], **asked)), columns)
+        revision = sorted(rows.info.download_checksums or ())
+        return lambda: ArrowRows(rows), {"rows": len(rows), "revision": revision}
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        raise SystemExit(f"{source['name']}: {path} is no .jsonl, .json or .parquet file.")
+    facts = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
+    if path.suffix != ".parquet":
+        return lambda: JsonRows(path), facts
+    rows = fetch(source, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
+    rows = with_columns(source, rows, columns)
+    return lambda: ArrowRows(rows), facts
+
+
+def fetch(source, load):
+    """Return load()'s result. Raises: SystemExit, with the source and the remedy, if it cannot be had."""
     try:
-        rows = datasets.load_dataset(**arguments)
-    except Exception as error:  # the hub client, datasets and pyarrow each raise their own
+        return load()
+    except Exception as error:  # the hub client, `datasets` and pyarrow each raise their own
+        where = source.get("path") or source["hub"]
         raise SystemExit(
             f"{source['name']}: {where} cannot be read ({type(error).__name__}: {str(error)[:200]}). Check the network "
             'and the name, or download it and give its "path".'
         ) from None
-    columns = SCHEMAS[source["schema"]][0]
+
+
+def with_columns(source, rows, columns):
+    """Return the `datasets.Dataset` with only `columns`. Raises: SystemExit if one is missing."""
     if missing := [column for column in columns if column not in rows.column_names]:
+        where = source.get("path") or source["hub"]
         raise SystemExit(
             f"{source['name']}: {where} has no column {missing[0]}; it has {', '.join(rows.column_names)}."
         )
-    return rows.select_columns(list(columns))
+    return rows.select_columns(columns)
 
 
-def read_turns(rows, number, schema):
-    """Return (raw turns of row `number`, None), or ([], reason) if the row cannot be read."""
+def read_turns(row, source):
+    """Return (raw turns of a row of `source`, None), or ([], reason) if it has none or the source excludes it."""
     try:
-        row = rows[number]
-    except ValueError as error:
-        return [], str(error)
-    try:
-        return SCHEMAS[schema][1](row), None
-    except (KeyError, TypeError):
+        turns = SCHEMAS[source["schema"]][1](row)
+        for column, values in source.get("exclude", {}).items():
+            if row.get(column) in values:
+                return [], f"excluded: {column} is {row[column]}"
+    except (KeyError, TypeError, AttributeError):
         return [], "no turns in the schema's columns"
+    return turns, None
 
 
 # ==== The fate of a row ====
@@ -169,6 +226,15 @@ REJECTIONS = [  # (reason, predicate of the raw turns); the first that holds is 
 ]
 
 
+LOSSES = (  # changes that leave text out or move it: they have a line in the ledger
+    "assistant turn before the first user turn left out",
+    "two turns of one role merged",
+    "unanswered last user turn left out",
+    "end cut off at the window",
+    "exchange without a trained token in the window left out",
+)
+
+
 def repair(turns):
     """Return (turns as trimmed (role, content) that alternate from user to assistant, list of what was changed)."""
     repaired, changes = [], []
@@ -189,3 +255,21 @@ def repair(turns):
         repaired.pop()
         changes.append("unanswered last user turn left out")
     return repaired, sorted(set(changes))
+
+
+def first_words(turns):
+    """Return the beginning of the first turn's text, for the ledger; a lone surrogate becomes "?"."""
+    return next((str(text) for _, text in turns), "")[:80].encode("utf-8", "replace").decode()
+
+
+def key(turns, how):
+    """Return 16 bytes that two conversations share when they are duplicates.
+
+    how: "exact" compares roles and texts; "normalised" leaves out white space, letter case and Unicode's compatibility
+    variants (NFKC, then case folding).
+    """
+    text = "\x1e".join(f"{role}\x1f{content}" for role, content in turns)
+    if how == "exact":
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    folded = unicodedata.normalize("NFKC", text).casefold().encode()
+    return hashlib.blake2b(folded.translate(None, b" \t\r\n\f\v"), digest_size=16).digest()

@@ -46,7 +46,8 @@ evaluate before
 
 say "1 prepare_data.py"
 python prepare_data.py --base-tokenizer $work/base --mixture demo/mixture.json --output-dir $work/data \
-    --max-seq-len 512 --validation-conversations 12
+    --max-seq-len 512 --validation-conversations 12 --decontaminate-against demo_persona,demo_general \
+    --tasks-include-path demo/tasks
 
 say "2 resize_vocab.py"
 python resize_vocab.py --base-model $work/base --tokenizer $work/data/tokenizer --output-dir $work/resized

@@ -1,10 +1,12 @@
 """Two tokenizers of exactly 49,152 tokens without the ChatML markers, as base folders, built in the process."""
 
 import json
+import os
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of this process would not survive prepare_data.py's fork
 VOCABULARY = 49_152
 FAST_FIRST = ("settings", "step_plan", "checkpoints", "demo", "compare_evals", "prepare_data", "resize_vocab")
 TEXT = """The sea was calm that morning, and nobody on the pier expected the boat to come back so soon.

@@ -57,7 +57,9 @@ def work(request, tmp_path_factory, bpe_tokenizer_dir, spm_tokenizer_dir):
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     source = {"name": "answers", "path": "rows.jsonl", "schema": "prompt/response", "examples": "all"}
     (folder / "mixture.json").write_text(json.dumps([source]))
-    call(folder, "prepare_data.py", "--mixture", "mixture.json", "--max-seq-len", 128)
+    flags = ("--mixture", "mixture.json", "--max-seq-len", 128)
+    flags += ("--decontaminate-against", "", "--deduplicate", "off")
+    call(folder, "prepare_data.py", *flags)
     call(folder, "resize_vocab.py")
     flags = ["--sequences-per-step", 8, "--max-steps", 100, "--learning-rate", 1e-2, "--min-learning-rate", 1e-3]
     flags += ["--warmup-steps", 5, "--save-every", 50, "--validate-every", 0, "--tokens-per-micro-batch", 256]

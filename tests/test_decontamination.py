@@ -1,0 +1,270 @@
+"""decontamination.py: the real lm_eval's texts of every kind of task on small data, and look-ups in what it wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_run_eval import write_dataset
+
+import decontamination
+
+ROOT = Path(__file__).resolve().parent.parent
+LESS = 'or go on without it: --decontaminate-against "" (the comparison before/after then proves less).'
+# Twelve questions of one form: what they share is boilerplate, twelve being more than ten.
+FORMULA = "please read the following riddle with great care and then give one single short answer"
+ANIMALS = ("otter", "heron", "badger", "lynx", "adder", "plover", "stoat", "curlew", "vole", "dormouse", "kite", "mole")
+
+
+# ---- Small tasks of every kind ----
+
+
+def write_own_tasks(folder):
+    """A task that generates, one that rolls over a text, and a group within a group."""
+    folder.mkdir()
+    riddles = [{"q": f"{FORMULA}: which {animal} swims?", "a": [f"the {animal} of", "none"]} for animal in ANIMALS]
+    rolling = [{"text": "A rolling text tells of rain on slate roofs while nobody in the village looks up at all."}]
+    for name, rows in (("riddles", riddles), ("rolling", rolling)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {
+        "own_riddles": ("riddles", "generate_until", "{{q}}", "a", "exact_match"),
+        "own_rolling": ("rolling", "loglikelihood_rolling", "", "{{text}}", "word_perplexity"),
+    }
+    for name, (data, kind, text, target, metric) in tasks.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: own_tasks/{data}.jsonl\n"
+            f'test_split: test\noutput_type: {kind}\ndoc_to_text: "{text}"\ndoc_to_target: "{target}"\n'
+            f"metric_list:\n  - metric: {metric}\nmetadata:\n  version: 1\n"
+        )
+    (folder / "inner.yaml").write_text("group: own_inner\ntask:\n  - mmlu_anatomy\n")
+    (folder / "outer.yaml").write_text("group: own_group\ntask:\n  - own_inner\n  - mmlu_astronomy\n")
+
+
+def write_data(root):
+    arc = {
+        "question": "Which of these materials, all found in an old kitchen drawer, carries an electric current best?",
+        "choices": {"text": ["a spoon made of copper", "a cork", "a candle", "a napkin"], "label": list("ABCD")},
+        "answerKey": "A",
+    }
+    short = {"question": "What is ice?", "choices": {"text": list("wxyz"), "label": list("ABCD")}, "answerKey": "B"}
+    wino = {"option1": "trophy", "option2": "suitcase", "answer": "2"}
+    wino["sentence"] = "The heavy trophy never fitted into the brown suitcase because the _ was simply far too small."
+    lambada = "She whistled twice across the frozen lake, and out of the fog came running her old dog"
+    mmlu = [{"question": "Which part is where?", "choices": ["up", "down", "left", "right"], "answer": 1}]
+    stars = {"question": "Seen from a boat at anchor near the equator, which stars stand nearly still at night?"}
+    stars |= {"choices": ["those close to either pole", "all", "none", "the red ones"], "answer": 0}
+    splits = {"train": [arc], "validation": [arc], "test": [arc, short]}
+    write_dataset(root, "allenai/ai2_arc", {"ARC-Easy": splits})
+    write_dataset(root, "allenai/winogrande", {"winogrande_xl": {"train": [wino], "validation": [wino]}})
+    write_dataset(root, "EleutherAI/lambada_openai", {"default": {"test": [{"text": lambada}]}})
+    subjects = {"anatomy": mmlu, "astronomy": [stars]}
+    write_dataset(root, "cais/mmlu", {name: {"test": rows, "dev": rows} for name, rows in subjects.items()})
+
+
+def script(place, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "decontamination.py", *arguments],
+        cwd=place,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf")},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("decontamination")
+    write_data(root)
+    write_own_tasks(root / "own_tasks")
+    (root / "demo").symlink_to(ROOT / "demo")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """All runs that load lm_eval, two at a time: each takes 6 to 12 seconds, most of it imports."""
+    own = ["--include-path", "own_tasks"]
+    wanted = {
+        "demo": ["--tasks", "demo_persona,demo_general", "--include-path", "demo/tasks", "--output", "demo.npz"],
+        "kinds": ["--tasks", "arc_easy,winogrande,lambada_openai,own_group,own_riddles,own_rolling", *own],
+        "unreachable": ["--tasks", "own_rolling,sciq", *own, "--output", "none.npz"],
+        "unknown": ["--tasks", "nonsense", "--output", "none.npz"],
+    }
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(wanted, pool.map(lambda name: script(place, *wanted[name]), wanted), strict=True))
+
+
+@pytest.fixture(scope="module")
+def overlap(place, runs):
+    assert runs["kinds"].returncode == 0, runs["kinds"].stderr
+    return decontamination.Overlap(place / "data/evaluation_ngrams.npz")
+
+
+# ---- What the script writes and says ----
+
+
+def test_the_demos_own_tasks(place, runs):
+    done = runs["demo"]
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    overlap = decontamination.Overlap(place / "demo.npz")
+    assert [row["task"] for row in overlap.counts] == ["demo_persona", "demo_general"]
+    row = overlap.counts[1]
+    assert done.stdout.splitlines()[1] == (
+        f"demo_general: 64 questions, {row['ngrams']} n-grams, {row['too_short']} questions too short, 0 n-grams of "
+        "boilerplate"
+    )
+    for task, file in (("demo_persona", "persona"), ("demo_general", "general")):
+        rows = [json.loads(line) for line in (ROOT / f"demo/tasks/{file}.jsonl").read_text().splitlines()]
+        texts = [f"Question: {row['question']} Answer: {row['choices'][row['answer']]}" for row in rows]
+        long = [text for text in texts if len(decontamination.words_of(text)) >= 13]
+        assert long and all(overlap.find([text])[0] == task for text in long)
+
+
+def test_file_is_sorted_and_needs_no_pickle(place, overlap):
+    with np.load(place / "data/evaluation_ngrams.npz", allow_pickle=False) as file:
+        assert file["hashes"].dtype == np.uint64 and (np.diff(file["hashes"]) > 0).all()
+        assert len(file["task_of"]) == len(file["hashes"]) and int(file["n"]) == 13
+        words = file["words"].tobytes().decode().split("\n")
+    assert words == sorted(set(words)) and {"trophy", "whistled", "slate"} <= set(words)
+    assert [path.name for path in (place / "data").iterdir()] == ["evaluation_ngrams.npz"]
+
+
+def test_counts(overlap):
+    rows = {row.pop("task"): row for row in map(dict, overlap.counts)}
+    assert list(rows) == ["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling"]
+    # "Question", 16 words, "Answer" and 5 words make 11 n-grams; each of the other choices ends in a new one.
+    assert rows["arc_easy"] == {"questions": 2, "ngrams": 11 + 3, "too_short": 1, "boilerplate": 0}
+    assert rows["own_group"]["questions"] == 2
+    # 15 words of the formula and "which" make four n-grams that all twelve riddles share.
+    assert rows["own_riddles"]["boilerplate"] == 16 - 13 + 1 and rows["own_riddles"]["too_short"] == 0
+    assert rows["own_rolling"] == {"questions": 1, "ngrams": 18 - 13 + 1, "too_short": 0, "boilerplate": 0}
+
+
+# ---- Look-ups ----
+
+
+@pytest.mark.parametrize(
+    ("task", "texts"),
+    [
+        ("arc_easy", ["Which of these materials, all found in an old kitchen drawer, carries an electric current?"]),
+        ("arc_easy", ["which OF these\n\nmaterials - all found in an “old” kitchen drawer; carries", "an electric..."]),
+        ("winogrande", ["The heavy trophy never fitted into the brown suitcase because the suitcase was small."]),
+        ("winogrande", ["never fitted into the brown suitcase", "because the trophy was simply far too small"]),
+        ("lambada_openai", ["twice across the frozen lake and out of the fog came running her", "Old dog!"]),
+        ("own_group", ["which stars stand nearly still at night? A. those close to either pole", "B. All"]),
+        ("own_riddles", ["with great care and then give one single short answer: which vole swims?", "The vole."]),
+        ("own_riddles", ["care, and then give one single short answer: which vole swims?", "The vole of"]),
+        ("own_riddles", ["great care, and then give one single short answer: which vole swims?", "None"]),
+        ("own_rolling", ["He reads:", "tells of rain on slate roofs while nobody in the ｖｉｌｌａｇｅ looks up."]),
+    ],
+)
+def test_a_question_is_found(overlap, task, texts):
+    found = overlap.find(texts)
+    assert found is not None and found[0] == task
+    assert len(found[1].split()) == 13 and found[1] in " ".join(decontamination.words_of(" ".join(texts)))
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["The heavy trophy never fitted into the brown suitcase because my", "trophy was simply far too small"],
+        ["rain on slate roofs while nobody in the village looks up at"],  # twelve words
+        [f"{FORMULA}: which"],  # boilerplate
+        ["The following are multiple choice questions (with answers) about anatomy. Which part is"],
+        [""],
+        [],
+    ],
+)
+def test_less_is_not_found(overlap, texts):
+    assert overlap.find(texts) is None
+
+
+few_words = st.lists(st.sampled_from("abcd"), max_size=30)
+
+
+@given(st.lists(few_words, min_size=1, max_size=4), st.lists(few_words, max_size=3), st.integers(1, 6))
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_find_agrees_with_sets_of_words(tmp_path_factory, questions, turns, n):
+    """The questions of even place are the first task's, the others the second's."""
+    path = tmp_path_factory.getbasetemp() / "property.npz"
+    sets = {}
+    for task, part in (("first", questions[::2]), ("second", questions[1::2])):
+        sets[task] = {tuple(question[i : i + n]) for question in part for i in range(len(question) - n + 1)}
+    hashes = [
+        np.array([decontamination.ngram_hashes(hashes_of(ngram), n)[0] for ngram in ngrams], np.uint64)
+        for ngrams in sets.values()
+    ]
+    decontamination.save(path, n, list(sets), hashes, [(0, 0, 0, 0)] * 2, {word for q in questions for word in q})
+    flat = [word for turn in turns for word in turn]
+    windows = [tuple(flat[i : i + n]) for i in range(len(flat) - n + 1)]
+    expected = ((task, " ".join(window)) for window in windows for task, ngrams in sets.items() if window in ngrams)
+    assert decontamination.Overlap(path).find([" ".join(turn) for turn in turns]) == next(expected, None)
+
+
+def hashes_of(words):
+    return np.array([decontamination.word_hash(word) for word in words], np.uint64)
+
+
+def test_hashes_are_the_same_everywhere():
+    """Pinned: a file written on one machine is read on another."""
+    assert decontamination.word_hash("cat") == 0x3327DD2C7B9D982F
+    row = np.array([1, 2, 3], np.uint64)
+    base = int(decontamination.BASE)
+    assert decontamination.ngram_hashes(row, 3).tolist() == [(base**2 + 2 * base + 3) % 2**64]
+
+
+# ---- What is wrong ----
+
+
+@pytest.mark.parametrize(
+    ("run", "task", "says"),
+    [
+        ("unreachable", "sciq", "Couldn't reach 'allenai/sciq' on the Hub"),
+        ("unknown", "nonsense", "lm_eval knows no task of this name"),
+    ],
+)
+def test_a_task_that_cannot_be_compared(place, runs, run, task, says):
+    done = runs[run]
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"{task} cannot be compared: ") and says in done.stderr
+    assert done.stderr.endswith(f"Make it reachable, {LESS}\n")
+    assert not list(place.glob("none.npz*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "TASKS is empty; name lm_eval's tasks with --tasks, by commas."),
+        (["--tasks", "x", "--ngram", "0"], "NGRAM is 0; it must be at least 1."),
+        (["--tasks", "x", "--include-path", "nowhere"], "no folder nowhere; --include-path names"),
+    ],
+)
+def test_settings_are_checked_at_once(tmp_path, arguments, says):
+    done = script(tmp_path, *arguments)
+    assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "text.npz").write_text("text")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez(tmp_path / "other.npz", n=3)
+    for name in ("missing", "cut", "text", "empty", "other"):
+        with pytest.raises(SystemExit, match=r"cannot be read .* Write it again with decontamination.py."):
+            decontamination.Overlap(tmp_path / f"{name}.npz")
+    with pytest.raises(SystemExit, match="cannot be written"):
+        decontamination.save(tmp_path / "text.npz/x.npz", 3, ["a"], [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set())
+
+
+def test_import_needs_no_torch():
+    code = "import sys, decontamination; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
