@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
+WORD_CACHE = 200_000  # words
 
 
 # ==== Tokenizer and template ====
@@ -112,6 +113,10 @@ def clone(backend, prefix):
         ]
     state["normalizer"], state["pre_tokenizer"] = visit(state["normalizer"]), visit(state["pre_tokenizer"])
     copy = Tokenizer.from_str(json.dumps(state))
+    if state["model"]["type"] == "BPE":  # it remembers 10,000 words unless told; real text has more
+        options = {name: value for name, value in state["model"].items() if name != "type" and value is not None}
+        options["merges"] = [tuple(pair) for pair in options["merges"]]
+        copy.model = models.BPE(**options, cache_capacity=WORD_CACHE)
     copy.encode_special_tokens = True
     return copy
 
