@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 STAGING = "staging_"
+LOCK = ".lock"
 
 
 def sha256(path):
@@ -47,6 +48,7 @@ def write_whole(path, text):
     path = Path(path)
     staging = path.with_name(f"{path.name}.unfinished")
     staging.write_text(text, encoding="utf-8")
+    durable(staging)
     staging.replace(path)
 
 
@@ -141,6 +143,7 @@ def save(folder, step, state, facts, keep):
 
     state: flat dict of str to DTensor or tensor; each rank writes its own shards, nothing is gathered.
     facts: dict for `facts.json`.
+    Folders of later steps are left alone and not counted: the run was not continued from them, so they are not whole.
     Returns: Path of the finished checkpoint. Raises: OSError, with the older checkpoints untouched, if a write fails.
     """
     final = Path(folder) / f"step_{step:06d}"
@@ -151,6 +154,7 @@ def save(folder, step, state, facts, keep):
         if rank0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
+            check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
 
     def finish():
         if rank0:
@@ -162,7 +166,7 @@ def save(folder, step, state, facts, keep):
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
             durable(final.parent)
-            for old in listed(folder)[keep:]:
+            for old in [path for path in listed(folder) if step_of(path) <= step][keep:]:
                 shutil.rmtree(old)
 
     try:
@@ -176,10 +180,31 @@ def save(folder, step, state, facts, keep):
     return final
 
 
+def check_room(folder, size):
+    """Raise OSError unless the disk of `folder` has room for `size` bytes and 2% for what is not tensors."""
+    need, free = int(size * 1.02), shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            f"{folder}: the checkpoints to come need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Make room "
+            "or lower KEEP_CHECKPOINTS."
+        )
+
+
+def clear_staging(folder):
+    """Remove what saves that were killed left in `folder`: each may be as large as a checkpoint."""
+    for path in Path(folder).glob(f"{STAGING}*"):
+        shutil.rmtree(path)
+
+
+def step_of(checkpoint):
+    """Return the step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def listed(folder):
     """Return the Paths of the `step_NNNNNN` folders in `folder`, newest first, whole or not."""
     found = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def defect(checkpoint):
@@ -223,3 +248,24 @@ def newest_whole(folder, say=print):
             return checkpoint
         say(f"WARNING: {checkpoint} is passed over: {problem}.")
     return None
+
+
+def lock(folder):
+    """Take the folder for this process alone; return the handle that holds it until it is closed or the process ends.
+
+    The lock is the kernel's, so a crash of its owner frees it; only a child that was forked without exec would keep it.
+    Raises: SystemExit if another process holds it.
+    """
+    handle = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise SystemExit(
+            f"{folder} is in use by another run (process {handle.read().strip() or 'unknown'}). Wait for it or name "
+            "another --output-dir."
+        ) from None
+    handle.truncate(0)
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    return handle

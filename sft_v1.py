@@ -1,11 +1,17 @@
 """Step 3: fine-tune the resized base model on the prepared conversations, with FSDP2 over any number of processes.
 
 Reads   data/sft_v1/ (prepare_data.py) and checkpoints/base/ (resize_vocab.py).
-Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, metrics.jsonl, loss.png, tensorboard/.
+Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, metrics.jsonl, skipped.jsonl,
+        spikes.jsonl, loss.png, tensorboard/.
 
     torchrun --nproc-per-node 2 sft_v1.py       two GPUs (or, without a GPU, two CPU processes)
     torchrun --nproc-per-node 1 sft_v1.py       one
     the same command again                      continues from the newest whole checkpoint
+    touch checkpoints/sft_v1/STOP               ends the run after its step, with a checkpoint; so do Ctrl-C and SIGTERM
+    torchrun --max-restarts 3 ...               goes on by itself after a rank was killed
+
+torchrun waits 30 seconds after a signal before it kills; a run whose step and checkpoint take longer needs its flag
+`--shutdown-timeout 120`. A STOP file has no such limit.
 
 An optimizer step is SEQUENCES_PER_STEP sequences however many processes there are. Sequences lie end to end without
 padding, attention never crosses from one to the next, and the loss is the sum of the cross-entropy over the step's
@@ -15,9 +21,7 @@ trainable tokens divided by their number, over all ranks and micro-batches.
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -31,13 +35,13 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 import checkpoints
+import ranks
 import settings
 import step_plan
 import training_log
@@ -60,6 +64,7 @@ ADAM_EPS = 1e-8  # added to the root of the second moment
 WEIGHT_DECAY = 0.01  # decoupled, on matrices and embeddings; none on norms and biases
 MAX_GRAD_NORM = 1.0  # global L2 norm to which larger gradients are scaled
 MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
+SPIKE_SIGMA = 6.0  # standard deviations over the mean of the last 200 losses from which a loss is put in spikes.jsonl
 SEED = 42  # order of the sequences
 # ---- Memory and speed ----
 TOKENS_PER_MICRO_BATCH = 8192  # tokens per forward on one rank; lower it first when memory runs out
@@ -70,8 +75,9 @@ LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
-SAVE_EVERY = 500  # optimizer steps between checkpoints; also after the last
+SAVE_EVERY = 500  # optimizer steps between checkpoints, and to the next try after a failed one; also after the last
 KEEP_CHECKPOINTS = 3  # newest ones kept; one of Genesis has 12 GB
+COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds after which a rank that died or hangs ends the others; above one micro-batch
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
 
 
@@ -373,6 +379,8 @@ def check_output(output_dir, facts):
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
     if not (output_dir / "run.json").is_file():
+        if (output_dir / checkpoints.LOCK).is_file():
+            return  # a run that was killed before it had written anything
         raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
     before = checkpoints.read_json(output_dir / "run.json", "sft_v1.py")
     changed = [
@@ -407,24 +415,6 @@ def check_batches(batches, split, need, config):
         )
 
 
-def versions():
-    """Return the versions, hardware and commit of this process as a dict."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "device": device,
-        "commit": commit or "unknown",
-    }
-
-
 # ==== Checkpoints: the model and the moments, by the model's own names ====
 
 
@@ -447,6 +437,8 @@ def resume(checkpoint, state, fingerprints):
     facts = checkpoints.read_json(checkpoint / "facts.json", "sft_v1.py")
     if facts["fingerprints"] != fingerprints:
         raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --output-dir.")
+    if checkpoint.name != f"step_{facts['step']:06d}":
+        raise SystemExit(f"{checkpoint} holds step {facts['step']}: it was renamed. Give it back its name.")
     stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     missing = [name for name in state if name not in stored]
     if missing:
@@ -462,19 +454,38 @@ def resume(checkpoint, state, fingerprints):
     counts = {float(t) for name, t in state.items() if name.startswith("optimizer.step.")}
     if counts != {float(facts["updates"])}:
         raise SystemExit(f"{checkpoint}: moments of {sorted(counts)} updates beside weights of {facts['updates']}.")
+    for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+        parts = [t.to_local() if hasattr(t, "to_local") else t for n, t in state.items() if n.startswith(moment)]
+        if facts["updates"] and not any(checkpoints.on_every_rank(any(bool(part.any()) for part in parts))):
+            raise SystemExit(
+                f"{checkpoint}: all of {moment}* is zero after {facts['updates']} updates; choose another."
+            )
     return facts
+
+
+def segment(stored, facts):
+    """Return what a continued run changes against the facts `stored` in its checkpoint, as a list of phrases."""
+    then, now = (f["settings"] | {"ranks": f["world_size"]} | f["versions"] for f in (stored, facts))
+    return [
+        f"{name} was {then.get(name)}, is {now[name]}"
+        for name in now
+        if name != "RESUME" and then.get(name) != now[name]
+    ]
 
 
 # ==== Training ====
 
 
-def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_grad_norm):
-    """Run one optimizer step over this rank's micro-batches. Returns (loss per trainable token, grad_norm, updated).
+def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_grad_norm, stop=False):
+    """Run one optimizer step over this rank's micro-batches.
 
+    stop: whether this rank knows of a wish to stop.
+    Returns: (loss per trainable token, grad_norm, updated, stop: whether any rank knows of one), the same on all ranks.
     A non-finite loss or gradient norm leaves parameters and moments as they are, on all ranks alike.
     """
     total = torch.zeros((), dtype=torch.float32, device=batches[0]["input_ids"].device)
     for number, batch in enumerate(batches, start=1):
+        ranks.at(part=f"micro-batch {number} of {len(batches)}")
         communicate = number == len(batches) or memory_policy == "per_micro_batch"
         model.set_requires_gradient_sync(communicate)
         model.set_reshard_after_backward(communicate)
@@ -482,16 +493,19 @@ def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_g
         # FSDP averages gradients over the ranks; times world_size makes that the sum.
         (loss * (dist.get_world_size() / trainable_tokens)).backward()
         total += loss.detach()
-    dist.all_reduce(total)
+    ranks.at(part="sum over the ranks")
+    shared = torch.stack([total, torch.full_like(total, float(stop))])
+    dist.all_reduce(shared)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
     norm = norm.full_tensor()
-    loss, grad_norm = (total / trainable_tokens).item(), norm.item()  # the step's one wait for the device
+    # The step's one wait for the device.
+    loss, stop, grad_norm = torch.stack([shared[0] / trainable_tokens, shared[1], norm]).tolist()
     updated = math.isfinite(loss) and math.isfinite(grad_norm)
     if updated:
         nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, updated
+    return loss, grad_norm, updated, stop > 0
 
 
 @torch.no_grad()
@@ -503,6 +517,7 @@ def validate(model, batches, sequences_per_step):
         part, facts = batches.of(range(start, min(start + sequences_per_step, len(batches.lengths))))
         trainable += facts["trainable_tokens"]
         for batch in part:
+            ranks.at(part=f"validation from sequence {start}")
             total += model(**batch).double().cpu()
     total = total.to(batches.device)
     dist.all_reduce(total)
@@ -535,167 +550,161 @@ def describe(batches, run, total_steps, model, max_seq_len):
     )
 
 
-def check_disk(folder, parameters, keep):
-    """Refuse a disk without room for the checkpoints to come: `keep` and one being written, 12 bytes per parameter."""
-    count = max(1, keep + 1 - len(checkpoints.listed(folder)))
-    need, free = int(parameters * 12 * 1.02) * count, shutil.disk_usage(folder).free
-    if free < need:
-        raise SystemExit(
-            f"{folder}: {count} more checkpoints need {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free. Make room "
-            "or lower KEEP_CHECKPOINTS."
-        )
-
-
-def train(model, optimizer, batches, held_out, run, facts, log, step, total_steps):
-    """Train from `step` (updates done so far) to `total_steps`; validate and save on the way. The loop of the run."""
-    updates, saved, skipped = facts["updates"], True, 0
+def train(model, optimizer, batches, held_out, run, facts, log, stop):
+    """Train from facts["step"] to facts["total_steps"] or a wish to stop; validate and save. The loop of the run."""
+    step, updates, saved, skipped, stopped = facts["step"], facts["updates"], facts["step"], 0, False
     if step == 0 and held_out:
+        ranks.at("the validation before step 1")
         log.write({"step": 0, "validation_loss": validate(model, held_out, run["SEQUENCES_PER_STEP"])})
-    while step < total_steps:
+    while step < facts["total_steps"] and not stopped:
+        ranks.at(f"step {step + 1}")
         started = time.perf_counter()
         indices = step_plan.sequences_of_step(len(batches.lengths), run["SEED"], step, run["SEQUENCES_PER_STEP"])
         parts, line = batches.of(indices)
-        lr = learning_rate(step, total_steps, run["LEARNING_RATE"], run["MIN_LEARNING_RATE"], run["WARMUP_STEPS"])
+        lr = learning_rate(
+            step, facts["total_steps"], run["LEARNING_RATE"], run["MIN_LEARNING_RATE"], run["WARMUP_STEPS"]
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, grad_norm, updated = train_step(
-            model, optimizer, parts, line["trainable_tokens"], run["MEMORY_POLICY"], run["MAX_GRAD_NORM"]
+        loss, grad_norm, updated, stopped = train_step(
+            model, optimizer, parts, line["trainable_tokens"], run["MEMORY_POLICY"], run["MAX_GRAD_NORM"], stop.asked()
         )
-        step, updates = step + 1, updates + updated
+        step, updates, skipped = step + 1, updates + updated, 0 if updated else skipped + 1
         seconds = time.perf_counter() - started
         line = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm} | line
         line |= {"micro_batches": len(parts), "step_seconds": round(seconds, 4)}
         line |= {"tokens_per_second": round(line["tokens"] / seconds, 1)}
-        if not updated:
-            log.say(f"WARNING: step {step} was skipped: loss {loss}, gradient norm {grad_norm}; nothing was updated.")
-        skipped = 0 if updated else skipped + 1
+        log.judge(line, indices, updated, run["SPIKE_SIGMA"])
         if skipped == run["MAX_SKIPPED_IN_A_ROW"]:
             raise SystemExit(
                 f"{skipped} steps in a row had no finite loss and gradient, up to step {step}. The checkpoints before "
                 "them stay. Look at the base model, COMPUTE_DTYPE and LEARNING_RATE."
             )
-        if held_out and (step % run["VALIDATE_EVERY"] == 0 or step == total_steps):
+        last = step == facts["total_steps"]
+        if held_out and (step % run["VALIDATE_EVERY"] == 0 or last):
             line["validation_loss"] = validate(model, held_out, run["SEQUENCES_PER_STEP"])
             log.say(f"step {step}: validation loss {line['validation_loss']:.4f}")
         log.write(line)
         log.advance(line)
-        if step % run["SAVE_EVERY"] == 0 or step == total_steps or not saved:
-            saved = save(model, optimizer, run, facts | {"step": step, "updates": updates}, log)
-    if not saved:
+        if step % run["SAVE_EVERY"] == 0 or last or stopped:
+            saved = save(model, optimizer, run, facts | {"step": step, "updates": updates}, log, saved)
+    if saved != step:
         raise SystemExit("The last checkpoint could not be written. Make room and run the same command again.")
+    if stopped:
+        log.say(f"Stopped after step {step}, as asked. To continue, in {Path.cwd()}:\n{stop.done()}")
 
 
-def save(model, optimizer, run, facts, log):
-    """Write the checkpoint of facts["step"]; a failing write is told and the run goes on. Returns whether it was."""
+def save(model, optimizer, run, facts, log, saved):
+    """Write the checkpoint of facts["step"]; a failing write is told and the run goes on. Returns the last step saved.
+
+    The next try is at the next SAVE_EVERY: where a write fails late, one after each step would stall the run.
+    """
+    step = facts["step"]
+    ranks.at(f"saving step {step}", patient=True)
     try:
-        path = checkpoints.save(
-            run["OUTPUT_DIR"], facts["step"], training_state(model, optimizer), facts, run["KEEP_CHECKPOINTS"]
-        )
+        log.sync()
+        state = training_state(model, optimizer)
+        path = checkpoints.save(run["OUTPUT_DIR"], step, state, facts, run["KEEP_CHECKPOINTS"])
     except OSError as error:
-        log.say(f"WARNING: no checkpoint at step {facts['step']}, next try after the next step: {error}")
-        return False
+        log.warn(f"no checkpoint since step {saved}")
+        log.say(f"WARNING: no checkpoint at step {step}, next try in {run['SAVE_EVERY']} steps: {error}")
+        return saved
+    log.warn("")
     log.say(f"saved {path}")
-    return True
+    return step
 
 
 # ==== Start and end ====
 
 
-def start_processes(device):
-    """Join the other processes of torchrun; return (torch.device of this rank, 1-D device mesh over all ranks)."""
-    if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("Start this script with torchrun: torchrun --nproc-per-node 2 sft_v1.py")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        local_rank, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= cards:
-            raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
-        torch.cuda.set_device(local_rank)
-        if "RTX 40" in torch.cuda.get_device_name():  # these cards have no peer-to-peer; NCCL may hang trying it
-            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local_rank))
-    else:
-        dist.init_process_group("gloo")
-    device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
-    probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
-    dist.all_reduce(probe)
-    expected = dist.get_world_size() * (dist.get_world_size() + 1) / 2
-    if not bool((probe == expected).all()):
+def choose_checkpoint(output_dir, wanted):
+    """Return the Path of the verified checkpoint to continue from, or None for a fresh start."""
+    if wanted == "newest" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
+        return checkpoints.newest_whole(output_dir)
+    checkpoints.verify(found := Path(output_dir) / wanted)
+    if checkpoints.listed(output_dir)[0].name != wanted:
         raise SystemExit(
-            f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
+            f"{output_dir} holds checkpoints newer than {wanted}. Move them away to go back to it: a run that "
+            "continued beside them would leave two histories in one folder."
         )
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    return found
 
 
-def choose_checkpoint(output_dir, wanted, fingerprints):
-    """Return the Path to continue from, or None for a fresh start; rank 0 verifies and tells the others."""
-    found = None
-    if dist.get_rank() == 0:
-        if wanted != "newest":
-            checkpoints.verify(found := Path(output_dir) / wanted)
-            if checkpoints.listed(output_dir)[0].name != wanted:
-                raise SystemExit(
-                    f"{output_dir} holds checkpoints newer than {wanted}. Move them away to go back to it: a run that "
-                    "continued beside them would leave two histories in one folder."
-                )
-        else:
-            found = checkpoints.newest_whole(output_dir)
-    return checkpoints.on_every_rank(found)[0]
+def claim(run, facts):
+    """Check this run's folder, lock it against a second one, and clear what a killed save left. Returns the lock."""
+    check_output(run["OUTPUT_DIR"], facts)
+    Path(run["OUTPUT_DIR"]).mkdir(parents=True, exist_ok=True)
+    lock = checkpoints.lock(run["OUTPUT_DIR"])
+    checkpoints.clear_staging(run["OUTPUT_DIR"])
+    return lock
+
+
+def announce(run, facts, batches, model, max_seq_len, changed):
+    """Refuse a disk too small for the run, record the facts in run.json, and print what will happen."""
+    output_dir, step = Path(run["OUTPUT_DIR"]), facts["step"]
+    if step < facts["total_steps"]:
+        count = max(1, run["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(output_dir)))
+        checkpoints.check_room(output_dir, sum(p.numel() for p in model.parameters()) * 12 * count)
+    checkpoints.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
+    if changed:
+        print(f"WARNING: settings changed after step {step}: {'; '.join(changed)}.")
+    print(describe(batches, run, facts["total_steps"], model, max_seq_len))
+    print(f"continue   {output_dir}/step_{step:06d}, {step:,} steps done" if step else "start      from the base")
+    if step >= facts["total_steps"]:
+        print(f"Nothing to do: {step:,} of {facts['total_steps']:,} steps are done.")
+    sys.stdout.flush()
 
 
 def main(run):
     """Train as the settings `run` (dict) say."""
     validate_settings(run)
     transformers.utils.logging.disable_progress_bar()
-    device, mesh = start_processes(DEVICE)
+    device, mesh = ranks.join(DEVICE)
     if device.type == "cuda" and COMPUTE_DTYPE == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
-    rank0 = dist.get_rank() == 0
-    report, fingerprints = agree(DATA_DIR, BASE_MODEL)
-    facts = {"fingerprints": fingerprints, "settings": run, "versions": versions(), "updates": 0}
-    facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
-    check_output(OUTPUT_DIR, facts)
+    with ranks.Watch(COLLECTIVE_TIMEOUT_SECONDS):
+        ranks.at("loading", patient=True)
+        report, fingerprints = agree(DATA_DIR, BASE_MODEL)
+        facts = {
+            "fingerprints": fingerprints,
+            "settings": run,
+            "versions": training_log.versions(),
+            "step": 0,
+            "updates": 0,
+        }
+        facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
+        alike = {name: facts["versions"][name] for name in ("torch", "transformers", "code")}
+        ranks.agree_on(run | fingerprints | alike)
+        lock = ranks.on_rank0(lambda: claim(run, facts))
 
-    data = load_data(DATA_DIR)
-    model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS, ACTIVATION_CHECKPOINTING)
-    config = model.causal_lm.config
-    batches = Batches(data["train"], config, TOKENS_PER_MICRO_BATCH, device)
-    check_batches(batches, "training", SEQUENCES_PER_STEP, config)
-    held_out = Batches(data["validation"], config, TOKENS_PER_MICRO_BATCH, device) if VALIDATE_EVERY else None
-    if held_out:
-        check_batches(held_out, "validation", 1, config)
-    total_steps = MAX_STEPS or EPOCHS * step_plan.steps_per_epoch(len(batches.lengths), SEQUENCES_PER_STEP)
+        data = load_data(DATA_DIR)
+        model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS, ACTIVATION_CHECKPOINTING)
+        config = model.causal_lm.config
+        batches = Batches(data["train"], config, TOKENS_PER_MICRO_BATCH, device)
+        check_batches(batches, "training", SEQUENCES_PER_STEP, config)
+        held_out = Batches(data["validation"], config, TOKENS_PER_MICRO_BATCH, device) if VALIDATE_EVERY else None
+        if held_out:
+            check_batches(held_out, "validation", 1, config)
+        one_epoch = step_plan.steps_per_epoch(len(batches.lengths), SEQUENCES_PER_STEP)
+        facts["total_steps"] = MAX_STEPS or EPOCHS * one_epoch
 
-    shard(model, mesh, getattr(torch, COMPUTE_DTYPE), MEMORY_POLICY)
-    optimizer = make_optimizer(model, (ADAM_BETA1, ADAM_BETA2), ADAM_EPS, WEIGHT_DECAY)
-    checkpoint = choose_checkpoint(OUTPUT_DIR, RESUME, fingerprints)
-    step = 0
-    if checkpoint:
-        stored = resume(checkpoint, training_state(model, optimizer), fingerprints)
-        step, facts["updates"] = stored["step"], stored["updates"]
-        told = [
-            f"{n} was {stored['settings'].get(n)}, is {run[n]}"
-            for n in run
-            if n != "RESUME" and stored["settings"].get(n) != run[n]
-        ]
-        facts["history"] = stored.get("history", []) + ([{"after_step": step, "changed": told}] if told else [])
-        if told and rank0:
-            print(f"WARNING: settings changed after step {step}: {'; '.join(told)}.")
-    if rank0:
-        Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        if step < total_steps:
-            check_disk(OUTPUT_DIR, sum(p.numel() for p in model.parameters()), KEEP_CHECKPOINTS)
-        checkpoints.write_whole(Path(OUTPUT_DIR) / "run.json", json.dumps(facts, indent=1) + "\n")
-        print(describe(batches, run, total_steps, model, report["max_seq_len"]))
-        print(f"continue   {checkpoint}, {step:,} steps done" if checkpoint else "start      from the base", flush=True)
-    if step >= total_steps:
-        if rank0:
-            print(f"Nothing to do: {step:,} of {total_steps:,} steps are done.")
-    else:
-        log = training_log.Log(OUTPUT_DIR, step, total_steps)
-        train(model, optimizer, batches, held_out, run, facts, log, step, total_steps)
-        log.close()
+        shard(model, mesh, getattr(torch, COMPUTE_DTYPE), MEMORY_POLICY)
+        optimizer = make_optimizer(model, (ADAM_BETA1, ADAM_BETA2), ADAM_EPS, WEIGHT_DECAY)
+        checkpoint = ranks.on_rank0(lambda: choose_checkpoint(OUTPUT_DIR, RESUME))
+        changed = []
+        if checkpoint := checkpoints.on_every_rank(checkpoint)[0]:
+            stored = resume(checkpoint, training_state(model, optimizer), fingerprints)
+            changed = segment(stored, facts)
+            told = [{"after_step": stored["step"], "changed": changed}] if changed else []
+            facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
+        tokens = {"training tokens": int(batches.lengths.sum())}
+        ranks.agree_on({"step": facts["step"], "updates": facts["updates"]} | tokens)
+        ranks.on_rank0(lambda: announce(run, facts, batches, model, report["max_seq_len"], changed))
+        if facts["step"] < facts["total_steps"]:
+            log = training_log.Log(OUTPUT_DIR, facts["step"], facts["total_steps"])
+            train(model, optimizer, batches, held_out, run, facts, log, ranks.Stop(OUTPUT_DIR))
+            log.close()
+    del lock  # held to here
     dist.destroy_process_group()
 
 

@@ -1,0 +1,236 @@
+"""The ranks of one run: how they find each other, agree, are asked to stop, and end when one of them died or hangs.
+
+Used by sft_v1.py under torchrun. Nothing here knows what is trained.
+"""
+
+import ctypes
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import checkpoints
+
+# Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watch` is the one
+# that sees a dead or hanging rank early.
+BACKSTOP = timedelta(hours=1)
+
+
+def join(device):
+    """Join the other processes of torchrun; return (torch.device of this rank, 1-D device mesh over all ranks).
+
+    device: "auto" | "cuda" | "cpu". Raises: SystemExit if there are too few GPUs or the ranks' links do not add up.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("Start this script with torchrun: torchrun --nproc-per-node 2 sft_v1.py")
+    die_with_launcher()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        local_rank, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= cards:
+            raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
+        torch.cuda.set_device(local_rank)
+        if "RTX 40" in torch.cuda.get_device_name():  # these cards have no peer-to-peer; NCCL may hang trying it
+            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        card = torch.device("cuda", local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP)
+    else:
+        dist.init_process_group("gloo", timeout=BACKSTOP)
+    device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
+    dist.all_reduce(probe)
+    expected = dist.get_world_size() * (dist.get_world_size() + 1) / 2
+    if not bool((probe == expected).all()):
+        raise SystemExit(
+            f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
+        )
+    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def die_with_launcher():
+    """Have the kernel kill this process when torchrun dies: alone it would train on and hold the folder and the GPU."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    # torchrun may have died while this process was importing; its children then belong to init or systemd.
+    if "python" not in os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe")):
+        raise SystemExit("torchrun has died. Run the same command again.")
+
+
+# ==== Agreement ====
+
+
+def end_all(sentence):
+    """End every rank with exit code 1, after rank 0 has said why. All ranks call it with the same `sentence`."""
+    if dist.get_rank() == 0:
+        print(sentence, file=sys.stderr, flush=True)
+    checkpoints.on_every_rank(None)  # torchrun stops the others as soon as one has ended
+    raise SystemExit(1)
+
+
+def on_rank0(action):
+    """Run `action()` on rank 0 and return its result there, None elsewhere. Its refusal ends all ranks, said once."""
+    result = refusal = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except (SystemExit, OSError) as error:
+            refusal = str(error)
+    if refusal := checkpoints.on_every_rank(refusal)[0]:
+        end_all(refusal)
+    return result
+
+
+def agree_on(facts):
+    """End all ranks, with the difference named, unless `facts` (dict of name to value) are the same on each."""
+    everyone = checkpoints.on_every_rank(facts)
+    different = [
+        f"{name} is {everyone[0].get(name)} on rank 0 and {value} on rank {rank}"
+        for rank, theirs in enumerate(everyone)
+        for name, value in theirs.items()
+        if value != everyone[0].get(name)
+    ]
+    if different:
+        end_all(f"The ranks differ: {'; '.join(different)}. Start all of them with the same files and flags.")
+
+
+# ==== Stopping in order ====
+
+
+class Stop:
+    """Notes that this run was asked to end after its step: SIGTERM, SIGINT, or a file STOP in its folder."""
+
+    def __init__(self, folder):
+        self.file = Path(folder) / "STOP"
+        self.signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.signalled = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
+
+    def asked(self):
+        """Return whether this rank knows of a wish to stop; the ranks still have to agree on it."""
+        return self.signalled or (dist.get_rank() == 0 and self.file.exists())
+
+    def done(self):
+        """Remove the file and return the command that continues the run."""
+        if dist.get_rank() == 0:
+            self.file.unlink(missing_ok=True)
+        try:
+            launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+        except OSError:  # no Linux
+            return "the same torchrun command"
+        # The name of an older checkpoint would be refused now that there are newer ones; the last flag wins.
+        return shlex.join(launcher + ["--resume", "newest"] * ("--resume" in " ".join(launcher)))
+
+
+# ==== A rank that died or hangs ======
+
+
+class Place:
+    """Where this rank is, for `Watch`: set by `at`, read from the watching thread."""
+
+    name, part, patient, moves = "start", "", True, 0
+
+
+def at(name=None, part="", patient=False):
+    """Say where this rank is now: a new place, or only a new `part` of the place it is in.
+
+    patient: the place takes as long as its disk needs (loading, saving): only a rank that fell silent counts there.
+    """
+    if name:
+        Place.name, Place.patient = name, patient
+    Place.part = part
+    Place.moves += 1
+
+
+class Watch:
+    """Tells the other ranks once a second that this one lives and where it is, and ends it when they do not move.
+
+    A rank is lost when nothing is heard from it (killed, stopped, its machine gone) for `limit_seconds`, anywhere. All
+    ranks hang when none of them comes to a new place for so long, except where a place is patient. The thread talks
+    through torchrun's store: a collective could not report that collectives hang.
+    """
+
+    def __init__(self, limit_seconds):
+        self.limit, self.beat = limit_seconds, min(1.0, limit_seconds / 10)
+        self.me, self.size = dist.get_rank(), dist.get_world_size()
+        self.heard = {rank: (time.monotonic(), ["start", True, 0, 0]) for rank in range(self.size)}
+        self.moved, self.ended = time.monotonic(), threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def __enter__(self):
+        if self.size > 1:
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind and issubclass(kind, Exception):
+            time.sleep(4 * self.beat)  # long enough to notice whose beats are missing
+            self.say("failed", 3 * self.beat)
+        self.ended.set()
+
+    def run(self):
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            store = dist.PrefixStore(f"watch_{attempt}", dist.TCPStore(address, port, is_master=False))
+            beats = 0
+            while not self.ended.wait(self.beat):
+                place = ", ".join(filter(None, (Place.name, Place.part)))
+                store.set(str(self.me), json.dumps([place, Place.patient, Place.moves, beats := beats + 1]))
+                self.listen(store)
+                still = time.monotonic() - self.moved
+                if self.silent(self.limit) or (still > self.limit and not Place.patient):
+                    self.say("stops", self.limit)
+                    os._exit(1)  # the main thread is inside a collective that never ends
+        except (RuntimeError, dist.DistError) as error:
+            if not self.ended.is_set():
+                print(f"Rank {self.me} lost torchrun's store and is no longer watched: {error}", file=sys.stderr)
+
+    def listen(self, store):
+        """Note what is new from each rank, and when."""
+        for rank, (_, last) in self.heard.items():
+            now = json.loads(store.get(str(rank))) if store.check([str(rank)]) else last
+            if now != last:
+                self.heard[rank] = time.monotonic(), now
+                if now[2] != last[2]:
+                    self.moved = time.monotonic()
+
+    def silent(self, seconds):
+        """Return the ranks that were not heard for `seconds`."""
+        return [rank for rank, (when, _) in self.heard.items() if time.monotonic() - when > seconds and rank != self.me]
+
+    def say(self, what, seconds):
+        """Print why this rank ends, and where it and the others are."""
+        silent = self.silent(seconds)
+        now = time.monotonic()
+        lost = [
+            f"rank {r} was last heard {now - self.heard[r][0]:.0f} s ago in {self.heard[r][1][0]!r}" for r in silent
+        ]
+        rest = [
+            f"rank {r} is in {text[0]!r}" for r, (_, text) in self.heard.items() if r not in silent and r != self.me
+        ]
+        cause = "Look at the lost process, its GPU and its machine" if lost else "See the error of the rank that failed"
+        if what == "stops" and not lost:
+            rest.append(f"none moved for {now - self.moved:.0f} s")
+            cause = "Raise COLLECTIVE_TIMEOUT_SECONDS if one micro-batch may take that long here"
+        where = ", ".join(filter(None, (Place.name, Place.part)))
+        print(
+            f"Rank {self.me} {what} in {where!r}: {'; '.join(lost + rest) or 'it is alone'}. {cause}; then run the "
+            "same command again.",
+            file=sys.stderr,
+            flush=True,
+        )
