@@ -1,11 +1,13 @@
 """sft_v1.py: its mathematics by import, its runs through torchrun with gloo processes, its refusals."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ import transformers
 import checkpoints
 import settings
 import sft_v1
+import training_log
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = b'{"stands for": "a tokenizer"}'
@@ -311,26 +314,160 @@ def children(pid):
     return found + [below for child in found for below in children(child)]
 
 
-def test_a_killed_run_continues_bitwise_as_if_nothing_had_happened(work, two_ranks):
+def go_back(work, output, step):
+    """Copy the run on two ranks as it was after `step`."""
+    shutil.copytree(work / "two", work / output)
+    for path in checkpoints.listed(work / output):
+        if path.name != f"step_{step:06d}":
+            shutil.rmtree(path)
+
+
+def equals_the_uninterrupted(work, output):
+    assert metrics(work, output) == metrics(work, "two")
+    ours, theirs = (stored(work / name / "step_000030") for name in (output, "two"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@contextlib.contextmanager
+def running(line, checkpoint):
+    """Start a run, wait for its `checkpoint`, give its Popen; kill what is left of it at the end."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(work, "killed", 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
-    )
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     try:
         deadline = time.time() + 120
-        while not (work / "killed" / "step_000010").exists():
+        while not checkpoint.exists():
             assert time.time() < deadline and process.poll() is None
             time.sleep(0.01)
+        yield process
     finally:
         for pid in [*children(process.pid), process.pid]:
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def rank(process, number):
+    """Return the process id of a rank below torchrun."""
+    for pid in children(process.pid):
+        if f"\0RANK={number}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            return pid
+
+
+def test_a_stop_file_ends_the_run_in_order(work, two_ranks):
+    go_back(work, "stopped", 10)
+    (work / "stopped" / "STOP").touch()
+    stdout = trained(work, "stopped", 2, "--resume", "step_000010")
+    assert not (work / "stopped" / "STOP").exists()
+    assert checkpoints.newest_whole(work / "stopped").name == "step_000011"
+    again = shlex.split(stdout.partition("Stopped after step 11, as asked. To continue, in ")[2].splitlines()[1])
+    assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
+    equals_the_uninterrupted(work, "stopped")
+
+
+def test_any_ranks_signal_ends_the_run_in_order(work):
+    with running(command(work, "signalled", 2, "--max-steps", "9999"), work / "signalled" / "step_000010") as process:
+        os.kill(rank(process, 1), signal.SIGTERM)
+        stdout = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, stdout
+    last = int(re.search(r"Stopped after step (\d+), as asked", stdout)[1])
+    assert checkpoints.newest_whole(work / "signalled").name == f"step_{last:06d}"
+    following = work / "signalled" / f"step_{last // 10 * 10 + 10:06d}"
+    with running(command(work, "signalled", 2, "--max-steps", "9999"), following) as process:
+        process.send_signal(signal.SIGINT)
+        stdout = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and "as asked" in stdout, stdout
+
+
+def test_a_second_run_into_the_folder_is_refused_and_a_dead_one_frees_it_at_once(work):
+    line = command(work, "shared", 2, "--max-steps", "9999")
+    with running(line, work / "shared" / "step_000010") as process:
+        result = torchrun(work, "shared", 1)
+        assert result.returncode == 1
+        assert f"shared is in use by another run (process {rank(process, 0)}). Wait for it" in result.stderr
+        process.kill()  # its ranks have no launcher now
+        process.wait()
+        newest = checkpoints.newest_whole(work / "shared").name
+        stdout = trained(work, "shared", 2, "--max-steps", str(int(newest[5:]) + 1))
+        assert f"continue   {work}/shared/{newest}" in stdout
+
+
+def test_torchrun_restarts_a_run_whose_rank_was_killed(work, two_ranks):
+    line = command(work, "restarted", 2)
+    line[3:3] = ["--max-restarts", "3"]
+    with running(line, work / "restarted" / "step_000010") as process:
+        os.kill(rank(process, 1), signal.SIGKILL)
+        stdout = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, stdout
+    assert "continue" in stdout and "Rank 0 failed in 'step " in stdout and "rank 1 was last heard" in stdout
+    equals_the_uninterrupted(work, "restarted")
+
+
+def test_a_rank_that_hangs_ends_the_others_and_is_named(work):
+    flags = ("--max-steps", "9999", "--collective-timeout-seconds", "3")
+    with running(command(work, "hanging", 2, *flags), work / "hanging" / "step_000010") as process:
+        stopped, since = rank(process, 1), time.time()
+        os.kill(stopped, signal.SIGSTOP)
+        line = next(line for line in process.stdout if "Rank 0 stops in 's" in line)
+        assert time.time() - since < 8
+    assert re.search(r"rank 1 was last heard [34] s ago in '(step|saving)[^']*'. Look at the lost process", line), line
+
+
+def test_ranks_that_differ_stop_at_start(work, tmp_path):
+    suite = tmp_path / "another"
+    suite.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, suite)
+    (suite / "step_plan.py").write_text((ROOT / "step_plan.py").read_text() + "# another version\n")
+    starter = tmp_path / "starter.py"
+    starter.write_text(
+        "import os, runpy, sys\n"
+        f"folders = [{str(ROOT)!r}, {str(suite)!r}]\n"
+        "folder = folders[int(os.environ['RANK'])]\n"
+        "sys.path[0] = folder\n"
+        "sys.argv += ['--learning-rate', '5e-4'] if os.environ['RANK'] == '1' else []\n"
+        "runpy.run_path(folder + '/sft_v1.py', run_name='__main__')\n"
+    )
+    line = [str(starter) if part.endswith("sft_v1.py") else part for part in command(work, "mixed", 2)]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr.partition("The ranks differ")[0]
+    assert "LEARNING_RATE is 0.001 on rank 0 and 0.0005 on rank 1; code is " in result.stderr, result.stderr
+    assert not (work / "mixed").exists()
+
+
+@pytest.fixture
+def log(tmp_path):
+    """A log of a run with one rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield lambda step: training_log.Log(tmp_path, step, 100)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_far_above_the_last_ones_is_put_down_with_its_sequences_also_after_a_restart(log, tmp_path):
+    def steps(record, first, last):
+        for step in range(first, last):
+            line = {"step": step, "loss": 9.0 if step == 50 else 2.0 + step % 3 / 100, "grad_norm": 1.0}
+            record.judge(line, np.array([step, step + 1]), True, 6.0)
+            record.write(line)
+
+    steps(log(0), 1, 60)
+    spikes = tmp_path / "spikes.jsonl"
+    (whole,) = [json.loads(line) for line in spikes.read_text().splitlines()]
+    assert whole["step"] == 50 and whole["sequences"] == [50, 51] and whole["mean"] == pytest.approx(2.01, abs=0.001)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(before + "\0\0\n" + '{"step": 60')  # as a power cut leaves it
+    again = log(40)
+    assert spikes.read_text() == ""
+    steps(again, 41, 60)
+    assert [json.loads(line) for line in spikes.read_text().splitlines()] == [whole]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_killed_run_continues_bitwise_as_if_nothing_had_happened(work, two_ranks):
+    with running(command(work, "killed", 2), work / "killed" / "step_000010"):
+        pass
     assert not (work / "killed" / "step_000030").exists()
     assert "continue" in trained(work, "killed", 2)
-    assert metrics(work, "killed") == metrics(work, "two")
-    ours, theirs = (stored(work / name / "step_000030") for name in ("killed", "two"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    equals_the_uninterrupted(work, "killed")
     again = trained(work, "killed", 2)
     assert "Nothing to do: 30 of 30 steps are done." in again
 
@@ -372,6 +509,8 @@ def test_a_non_finite_step_updates_nothing_and_is_told(tmp_path):
     write_data(tmp_path / "data", train=(ids, masks))
     stdout = trained(tmp_path, "run", 2, "--max-steps", "2", "--save-every", "1", "--warmup-steps", "0")
     assert stdout.count("was skipped") == 1
+    (named,) = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert 0 in named["sequences"] and len(named["sequences"]) == 32 and named["loss"] is None
     losses = [line["loss"] for line in metrics(tmp_path, "run")[1:]]
     skipped = [loss is None for loss in losses]
     assert sorted(skipped) == [False, True]
@@ -408,11 +547,35 @@ def test_moments_of_other_updates_are_refused(work, two_ranks):
     assert result.returncode == 1 and "moments of [20.0] updates beside weights of 19" in result.stderr
 
 
+def test_moments_that_are_all_zero_are_refused(work, two_ranks):
+    go_back(work, "zeroed", 20)
+    facts, state = checkpoints.verify(work / "two" / "step_000020"), stored(work / "two" / "step_000020")
+    state = {name: t * 0 if ".exp_avg_sq." in name else t for name, t in state.items()}
+    checkpoints.save(work / "zeroed", 20, state, facts, 3)
+    result = torchrun(work, "zeroed", 2)
+    assert result.returncode == 1
+    assert "all of optimizer.exp_avg_sq.* is zero after 20 updates; choose another." in result.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud_and_refused_by_name(work, two_ranks):
+    shutil.copytree(work / "two", work / "damaged")
+    first, second = sorted((work / "damaged" / "step_000030").glob("*.distcp"))
+    first.rename(first.with_name("x"))
+    second.rename(first)
+    first.with_name("x").rename(second)
+    result = torchrun(work, "damaged", 2, "--resume", "step_000030")
+    assert result.returncode == 1 and "step_000030 is not a whole checkpoint: its file __0_0.distcp" in result.stderr
+    stdout = trained(work, "damaged", 2)
+    assert "step_000030 is passed over: its file __0_0.distcp" in stdout and "step_000020, 20 steps done" in stdout
+    equals_the_uninterrupted(work, "damaged")
+
+
 def test_a_full_disk_leaves_the_older_checkpoint_and_ends_with_a_sentence(work):
     trained(work, "full", 1, "--max-steps", "10")
-    result = torchrun(work, "full", 1, "--max-steps", "12", limit=600)
+    result = torchrun(work, "full", 1, "--max-steps", "12", "--save-every", "1", limit=600)
     assert result.returncode == 1, result.stdout
-    assert "WARNING: no checkpoint at step 12" in result.stdout
+    assert "WARNING: no checkpoint at step 11, next try in 1 steps" in result.stdout
+    assert metrics(work, "full")[-1]["warning"] == "no checkpoint since step 10"
     assert "The last checkpoint could not be written. Make room" in result.stderr
     assert checkpoints.newest_whole(work / "full").name == "step_000010"
     assert not list((work / "full").glob("staging_*"))
@@ -427,7 +590,8 @@ def test_going_back_beside_newer_checkpoints_is_refused_and_a_changed_setting_is
     stdout = trained(work, "back", 1, "--resume", "step_000020", "--learning-rate", "2e-3", "--max-steps", "21")
     assert "WARNING: settings changed after step 20: " in stdout and "LEARNING_RATE was 0.001, is 0.002" in stdout
     history = checkpoints.verify(work / "back" / "step_000021")["history"]
-    assert history[0]["after_step"] == 20 and "MAX_STEPS was 30, is 21" in history[0]["changed"]
+    assert history[0]["after_step"] == 20
+    assert {"MAX_STEPS was 30, is 21", "ranks was 2, is 1"} <= set(history[0]["changed"])
 
 
 def test_a_run_that_learns_nothing_stops(tmp_path):
