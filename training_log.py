@@ -39,7 +39,7 @@ class Log:
         if not self.on:
             return
         for name in ("metrics", "skipped", "spikes"):
-            kept = [line for line in self.read(name) if line["step"] <= step]
+            kept = [line for line in self.read(name) if line["step"] <= step] if step else []
             if kept or self.file(name).exists():
                 checkpoints.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
         losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]

@@ -80,6 +80,20 @@ def make_input(folder):
     (folder / "data" / "report.json").write_text(json.dumps(report | {"digest": {"train": "a", "validation": "b"}}))
 
 
+def in_a_child(action):
+    """Run `action()` in a forked process: this one must not have torch's threads when it forks ranks."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("The input of the runs could not be made.")
+
+
 def flags(folder, output, steps, save_every, keep=3):
     """Return the trainer's flags for a run of `folder`'s base and data into `folder`/`output`."""
     chosen = {
@@ -162,6 +176,7 @@ POINTS = {
     "first step": (0, wrap(sft_v1, "train_step", lambda *a: True)),
     "mid-step": (1, wrap(ranks, "at", lambda name=None, part="", patient=False: part.startswith("micro-batch 2"))),
 }
+ONCE = [p for p in POINTS if p.startswith(("loading", "while run", "while metrics"))]  # points that a start passes once
 VICTIMS = ("rank 0", "rank 1", "all", "launcher")
 
 
@@ -390,12 +405,7 @@ class Proof:
         self.counts = dict.fromkeys(("kills", "saves_interrupted", "corruptions", "caught", "lost", "wrong"), 0)
         self.rounds, self.log = 0, folder / "log"
         self.pending = None  # (checkpoint that was damaged, the one before it)
-        make = os.fork()  # this process must not have torch's threads when it forks ranks
-        if make == 0:
-            make_input(folder)
-            os._exit(0)
-        if os.waitpid(make, 0)[1]:
-            raise SystemExit("The input of the run could not be made.")
+        in_a_child(lambda: make_input(folder))
         started = time.monotonic()
         if Launcher(flags(folder, "whole", steps, save_every, keep=steps), self.log).wait():
             raise SystemExit(f"The uninterrupted run failed: {self.log.read_text()[-3000:]}")
@@ -518,7 +528,8 @@ def prove(folder, kills, steps, save_every, seed, through_torchrun):
             proof.kill(None, proof.rng.choice(VICTIMS))
         else:
             point = list(POINTS)[turn * 2 // 3 % len(POINTS)]
-            proof.kill(point, proof.rng.choice(("itself", "all", "launcher")), proof.rng.choice((1, 1, 2)))
+            passes = 1 if point in ONCE else proof.rng.choice((1, 1, 2, 3))
+            proof.kill(point, proof.rng.choice(("itself", "all", "launcher")), passes)
         if proof.rng.random() < 0.3:
             proof.damage()
         turn += 1

@@ -462,6 +462,12 @@ def test_a_loss_far_above_the_last_ones_is_put_down_with_its_sequences_also_afte
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_line_behind(log, tmp_path):
+    log(0).write({"step": 0, "validation_loss": 3.0})
+    log(0).write({"step": 0, "validation_loss": 3.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("validation_loss") == 1
+
+
 def test_a_killed_run_continues_bitwise_as_if_nothing_had_happened(work, two_ranks):
     with running(command(work, "killed", 2), work / "killed" / "step_000010"):
         pass

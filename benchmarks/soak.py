@@ -1,0 +1,81 @@
+"""Train 300 steps with a save every 5 on two CPU processes and measure what grows: memory, open files, threads, time.
+
+    python benchmarks/soak.py                   300 steps, 60 saves, about a minute on two CPU cores
+    python benchmarks/soak.py --quick           60 steps, 12 saves
+
+Each rank is sampled at each save. A growth is the median of the last quarter of the samples minus the median of the
+second quarter, the largest of both ranks; the drift of the step time is the quotient of these medians minus 1.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import settings
+from benchmarks import faults
+
+# ---- Soak ----
+STEPS = 300  # optimizer steps
+SAVE_EVERY = 5  # optimizer steps
+QUICK = False  # 60 steps
+
+# ==== Samples ====
+
+
+def sample(pid):
+    """Return {"rss_mib", "fds", "threads"} of a running process."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    fds = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return {"rss_mib": int(status["VmRSS"].split()[0]) / 1024, "fds": fds, "threads": int(status["Threads"])}
+
+
+def follow(launcher, run, steps, save_every):
+    """Sample both ranks as each checkpoint of `run` gets its name; return one list of samples per rank."""
+    samples = [[] for _ in launcher.ranks]
+    for step in range(save_every, steps, save_every):
+        while not (run / f"step_{step:06d}").exists():
+            if not faults.running(launcher.pid):
+                raise SystemExit(f"The run ended before step {step}: {launcher.log.read_text()[-3000:]}")
+            time.sleep(0.002)
+        for pid, found in zip(launcher.ranks, samples, strict=True):
+            found.append(sample(pid))
+    return samples
+
+
+def quarters(values):
+    """Return the medians of the second and of the last quarter of `values`."""
+    n = len(values)
+    return statistics.median(values[n // 4 : n // 2]), statistics.median(values[3 * n // 4 :])
+
+
+def main():
+    steps = 60 if QUICK else STEPS
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        faults.in_a_child(lambda: faults.make_input(folder))
+        arguments = faults.flags(folder, "soak", steps, SAVE_EVERY, keep=steps)
+        launcher = faults.Launcher(arguments, folder / "log")
+        samples = follow(launcher, folder / "soak", steps, SAVE_EVERY)
+        if launcher.wait():
+            raise SystemExit(f"The run failed: {launcher.log.read_text()[-3000:]}")
+        lines = (folder / "soak" / "metrics.jsonl").read_text().splitlines()
+        seconds = [line["step_seconds"] for line in map(faults.json.loads, lines) if "step_seconds" in line]
+    growth = {}
+    for name in ("rss_mib", "fds", "threads"):
+        pairs = [quarters([entry[name] for entry in found]) for found in samples]
+        growth[name] = max(last - second for second, last in pairs)
+        print(f"{name:8} {'; '.join(f'rank {r}: {a:.1f} -> {b:.1f}' for r, (a, b) in enumerate(pairs))}")
+    second, last = quarters(seconds)
+    print(
+        f"RESULT steps={steps} saves={steps // SAVE_EVERY} rss_growth_mib={growth['rss_mib']:.2f} "
+        f"fd_growth={growth['fds']:.0f} thread_growth={growth['threads']:.0f} step_time_drift={last / second - 1:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    settings.from_flags(globals())
+    main()
