@@ -62,9 +62,14 @@ def die_with_launcher():
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-    # torchrun may have died while this process was importing; its children then belong to init or systemd.
-    if "python" not in os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe")):
-        raise SystemExit("torchrun has died. Run the same command again.")
+    # torchrun may have died while this process was importing; its children then belong to init or systemd. An orphan
+    # would join the next run on the same port.
+    try:
+        parent = os.path.basename(os.readlink(f"/proc/{os.getppid()}/exe"))
+    except OSError:  # another user's process
+        parent = "init"
+    if "python" not in parent:
+        raise SystemExit(f"torchrun has died: this process belongs to {parent} now. Run the same command again.")
 
 
 # ==== Agreement ====
@@ -177,7 +182,7 @@ class Watch:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind and issubclass(kind, Exception):
+        if kind and issubclass(kind, Exception) and self.size > 1:
             time.sleep(4 * self.beat)  # long enough to notice whose beats are missing
             self.say("failed", 3 * self.beat)
         self.ended.set()
@@ -229,8 +234,7 @@ class Watch:
             cause = "Raise COLLECTIVE_TIMEOUT_SECONDS if one micro-batch may take that long here"
         where = ", ".join(filter(None, (Place.name, Place.part)))
         print(
-            f"Rank {self.me} {what} in {where!r}: {'; '.join(lost + rest) or 'it is alone'}. {cause}; then run the "
-            "same command again.",
+            f"Rank {self.me} {what} in {where!r}: {'; '.join(lost + rest)}. {cause}; then run the same command again.",
             file=sys.stderr,
             flush=True,
         )

@@ -673,8 +673,7 @@ def main(run):
             "updates": 0,
         }
         facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
-        alike = {name: facts["versions"][name] for name in ("torch", "transformers", "code")}
-        ranks.agree_on(run | fingerprints | alike)
+        ranks.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
         lock = ranks.on_rank0(lambda: claim(run, facts))
 
         data = load_data(DATA_DIR)
@@ -697,8 +696,7 @@ def main(run):
             changed = segment(stored, facts)
             told = [{"after_step": stored["step"], "changed": changed}] if changed else []
             facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
-        tokens = {"training tokens": int(batches.lengths.sum())}
-        ranks.agree_on({"step": facts["step"], "updates": facts["updates"]} | tokens)
+        ranks.agree_on({"step": facts["step"], "training tokens": int(batches.lengths.sum())})
         ranks.on_rank0(lambda: announce(run, facts, batches, model, report["max_seq_len"], changed))
         if facts["step"] < facts["total_steps"]:
             log = training_log.Log(OUTPUT_DIR, facts["step"], facts["total_steps"])

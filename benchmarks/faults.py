@@ -59,6 +59,8 @@ TOKENIZER = b'{"stands for": "a tokenizer"}'
 
 def make_input(folder):
     """Write `folder`/base and `folder`/data: a random Llama and 64 random sequences, half of each trained."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
     torch.manual_seed(0)

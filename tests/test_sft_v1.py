@@ -412,22 +412,46 @@ def test_a_rank_that_hangs_ends_the_others_and_is_named(work):
     assert re.search(r"rank 1 was last heard [34] s ago in '(step|saving)[^']*'. Look at the lost process", line), line
 
 
+def started_by(path, program, line):
+    """Return the torchrun command `line` with `program` run before sft_v1.py, in each rank; it is written to `path`."""
+    path.write_text(
+        f"import os, runpy, sys\nrank, folder = int(os.environ['RANK']), {str(ROOT)!r}\nsys.path[0] = folder\n"
+        f"{program}\nrunpy.run_path(sys.path[0] + '/sft_v1.py', run_name='__main__')\n"
+    )
+    return [str(path) if part.endswith("sft_v1.py") else part for part in line]
+
+
+def test_a_slow_disk_is_not_taken_for_a_rank_that_hangs(work, tmp_path):
+    slow = """
+import time, datasets, torch.distributed.checkpoint as dcp
+def slowly(owner, name, who):
+    plain = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        time.sleep(5 if rank == who else 0)
+        return plain(*args, **kwargs)
+    setattr(owner, name, wrapped)
+slowly(datasets, "load_from_disk", 1)
+slowly(dcp, "save", 0)
+"""
+    line = command(work, "slow", 2, "--max-steps", "10", "--collective-timeout-seconds", "2")
+    result = subprocess.run(
+        started_by(tmp_path / "starter.py", slow, line), capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert (work / "slow" / "step_000010").is_dir()
+
+
 def test_ranks_that_differ_stop_at_start(work, tmp_path):
     suite = tmp_path / "another"
     suite.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, suite)
     (suite / "step_plan.py").write_text((ROOT / "step_plan.py").read_text() + "# another version\n")
-    starter = tmp_path / "starter.py"
-    starter.write_text(
-        "import os, runpy, sys\n"
-        f"folders = [{str(ROOT)!r}, {str(suite)!r}]\n"
-        "folder = folders[int(os.environ['RANK'])]\n"
-        "sys.path[0] = folder\n"
-        "sys.argv += ['--learning-rate', '5e-4'] if os.environ['RANK'] == '1' else []\n"
-        "runpy.run_path(folder + '/sft_v1.py', run_name='__main__')\n"
+    line = started_by(
+        tmp_path / "starter.py",
+        "sys.path[0] = [folder, " + repr(str(suite)) + "][rank]\nsys.argv += ['--learning-rate', '5e-4'] * rank\n",
+        command(work, "mixed", 2),
     )
-    line = [str(starter) if part.endswith("sft_v1.py") else part for part in command(work, "mixed", 2)]
     result = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and "Traceback" not in result.stderr.partition("The ranks differ")[0]
     assert "LEARNING_RATE is 0.001 on rank 0 and 0.0005 on rank 1; code is " in result.stderr, result.stderr
@@ -478,12 +502,16 @@ def test_a_killed_run_continues_bitwise_as_if_nothing_had_happened(work, two_ran
     assert "Nothing to do: 30 of 30 steps are done." in again
 
 
-def test_a_run_continues_on_another_number_of_ranks(work, two_ranks):
-    shutil.copytree(work / "two", work / "shrunk")
-    for step in (20, 30):
-        shutil.rmtree(work / "shrunk" / f"step_0000{step}")
-    trained(work, "shrunk", 1)
-    for ours, theirs in zip(metrics(work, "shrunk"), metrics(work, "two"), strict=True):
+@pytest.mark.parametrize("order", [(1, 2), (3,)])
+def test_a_run_continues_on_another_number_of_ranks(work, two_ranks, order):
+    output = f"on_{order[0]}"
+    go_back(work, output, 10)
+    for number in order:
+        if number != order[-1]:
+            (work / output / "STOP").touch()  # after one step
+        trained(work, output, number)
+    assert checkpoints.verify(work / output / "step_000030")["world_size"] == order[-1]
+    for ours, theirs in zip(metrics(work, output), metrics(work, "two"), strict=True):
         assert ours["tokens"] == theirs["tokens"] if ours["step"] else True
         assert math.isclose(ours.get("loss", 0), theirs.get("loss", 0), rel_tol=2e-5)
 
