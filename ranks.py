@@ -122,8 +122,14 @@ class Stop:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
+        """Take the wish down; a second SIGINT then ends the process at once.
+
+        torchrun hands a second Ctrl-C on as SIGTERM. After a SIGTERM another one is no second wish: systemd sends one
+        to every process, and torchrun passes on its own.
+        """
         self.signalled = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
+        for again in (signal.SIGINT, signal.SIGTERM) if number == signal.SIGINT else (signal.SIGINT,):
+            signal.signal(again, signal.SIG_DFL)
 
     def asked(self):
         """Return whether this rank knows of a wish to stop; the ranks still have to agree on it."""

@@ -441,6 +441,26 @@ slowly(dcp, "save", 0)
     assert (work / "slow" / "step_000010").is_dir()
 
 
+def test_a_second_interrupt_ends_the_run_at_once(work, tmp_path):
+    slow = """
+import time, torch.distributed.checkpoint as dcp
+plain = dcp.save
+def save(state, checkpoint_id):
+    plain(state, checkpoint_id=checkpoint_id)
+    time.sleep(25 if checkpoint_id.endswith("20") else 0)
+dcp.save = save
+"""
+    line = started_by(tmp_path / "starter.py", slow, command(work, "twice", 2))
+    with running(line, work / "twice" / "staging_step_000020") as process:
+        ranks, since = children(process.pid), time.time()
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1)
+        process.communicate(timeout=15)
+        assert time.time() - since < 15 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert checkpoints.newest_whole(work / "twice").name == "step_000010"
+
+
 def test_ranks_that_differ_stop_at_start(work, tmp_path):
     suite = tmp_path / "another"
     suite.mkdir()
