@@ -60,24 +60,6 @@ def refuse_unless_empty(output):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Hold the lock of `folder` for the block; the system gives it back however the process ends, even by SIGKILL.
-
-    Raises: SystemExit if another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise SystemExit(
-            f"{folder} is in use by another run. Wait for its end, or name another --output-dir."
-        ) from None
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def staged(output):
     """Give an empty folder beside `output` that gets its name at the end of the block, or is removed if that fails.
 

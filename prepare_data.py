@@ -643,6 +643,7 @@ def main(run):
                 report = prepare(run, sources, folder, staging)
                 if output.exists():
                     output.rmdir()
+                (staging / checkpoints.LOCK).unlink()
                 staging.rename(output)
                 shutil.rmtree(output / "progress")
             finally:
