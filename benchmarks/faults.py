@@ -29,20 +29,18 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import common  # puts the suite on the path
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
 
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-import transformers  # noqa: E402
-
-import checkpoints  # noqa: E402
-import ranks  # noqa: E402
-import settings  # noqa: E402
-import sft_v1  # noqa: E402
+import checkpoints
+import ranks
+import settings
+import sft_v1
 
 # ---- Faults ----
 KILLS = 200  # processes or groups of processes killed before the result is printed
@@ -326,7 +324,7 @@ class Torchrun:
 
     def __init__(self, arguments, log, restarts=0):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-        command += ["--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts), str(ROOT / "sft_v1.py")]
+        command += ["--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts), str(common.ROOT / "sft_v1.py")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "a") as file:
             self.process = subprocess.Popen([*command, *arguments], stdout=file, stderr=file, env=environment)
@@ -540,9 +538,10 @@ def prove(folder, kills, steps, save_every, seed, through_torchrun):
 
 
 def main():
+    common.machine()
     with tempfile.TemporaryDirectory() as folder:
         counts = prove(folder, 8 if QUICK else KILLS, STEPS, SAVE_EVERY, SEED, not QUICK)
-    print("RESULT", *(f"{name}={value}" for name, value in counts.items()))
+    common.result(**counts)
     if counts["lost"] or counts["wrong"] or counts["caught"] != counts["corruptions"]:
         raise SystemExit("A checkpoint was lost or wrong. The lines above name it.")
 

@@ -8,15 +8,14 @@ second quarter, the largest of both ranks; the drift of the step time is the quo
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import faults
 
 import settings
-from benchmarks import faults
 
 # ---- Soak ----
 STEPS = 300  # optimizer steps
@@ -54,6 +53,7 @@ def quarters(values):
 
 def main():
     steps = 60 if QUICK else STEPS
+    common.machine()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         faults.in_a_child(lambda: faults.make_input(folder))
@@ -70,9 +70,13 @@ def main():
         growth[name] = max(last - second for second, last in pairs)
         print(f"{name:8} {'; '.join(f'rank {r}: {a:.1f} -> {b:.1f}' for r, (a, b) in enumerate(pairs))}")
     second, last = quarters(seconds)
-    print(
-        f"RESULT steps={steps} saves={steps // SAVE_EVERY} rss_growth_mib={growth['rss_mib']:.2f} "
-        f"fd_growth={growth['fds']:.0f} thread_growth={growth['threads']:.0f} step_time_drift={last / second - 1:.3f}"
+    common.result(
+        steps=steps,
+        saves=steps // SAVE_EVERY,
+        rss_growth_mib=round(growth["rss_mib"], 2),
+        fd_growth=round(growth["fds"]),
+        thread_growth=round(growth["threads"]),
+        step_time_drift=round(last / second - 1, 3),
     )
 
 

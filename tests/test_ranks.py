@@ -25,6 +25,7 @@ def children(pid):
     return found + [below for child in found for below in children(child)]
 
 
+@contextlib.contextmanager
 def running(line, checkpoint):
     """Start a run, wait for its `checkpoint`, give its Popen; kill what is left of it at the end."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,6 +1,5 @@
 """sft_v1.py: its mathematics by import, its runs through torchrun with gloo processes, its refusals."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -319,7 +318,6 @@ def equals_the_uninterrupted(work, output):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@contextlib.contextmanager
 @pytest.fixture
 def log(tmp_path):
     """A log of a run with one rank."""
