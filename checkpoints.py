@@ -197,13 +197,13 @@ def defect(checkpoint):
         entries = {str(name): (int(size), str(digest)) for name, (size, digest) in entries.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: its save never finished"
-    except (ValueError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, OSError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     if not {".metadata", "facts.json"} <= entries.keys():
         return f"its {MANIFEST} names no .metadata or no facts.json"
     for name, (size, digest) in entries.items():
         path = checkpoint / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name or not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
@@ -219,7 +219,7 @@ def verify(checkpoint):
     problem = defect(checkpoint)
     if problem:
         raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
-    return json.loads((Path(checkpoint) / "facts.json").read_text(encoding="utf-8"))
+    return read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
 
 
 def newest_whole(folder, say=print):
