@@ -357,10 +357,11 @@ def agree(data_dir, base_model):
         digests[script] = checkpoints.sha256(folder / "tokenizer.json")
     if digests["prepare_data.py"] != report.get("tokenizer_sha256"):
         raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
-    if config.get("vocab_size", 0) < report.get("vocab_size", math.inf):
+    rows, tokens = config.get("vocab_size"), report.get("vocab_size")
+    if not (isinstance(rows, int) and isinstance(tokens, int) and rows >= tokens):
         raise SystemExit(
-            f"{base_model} has {config.get('vocab_size')} rows in its vocabulary, but the tokenizer of {data_dir} has "
-            f"{report.get('vocab_size')} tokens: this base was not resized. Run resize_vocab.py, then name its output."
+            f"{base_model} has {rows} rows in its vocabulary, but the tokenizer of {data_dir} has {tokens} "
+            "tokens: this base was not resized. Run resize_vocab.py, then name its output."
         )
     if len(set(digests.values())) > 1:
         raise SystemExit(
@@ -383,6 +384,7 @@ def check_output(output_dir, facts):
             return  # a run that was killed before it had written anything
         raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
     before = checkpoints.read_json(output_dir / "run.json", "sft_v1.py")
+    before = {kind: value for kind, value in before.items() if isinstance(value, dict)}
     changed = [
         f"{name} (then {before.get(kind, {}).get(name)}, now {facts[kind][name]})"
         for kind, names in (("fingerprints", facts["fingerprints"]), ("settings", ("SEED", "SEQUENCES_PER_STEP")))

@@ -541,6 +541,10 @@ def test_what_does_not_belong_together_is_refused(work, tmp_path):
     (base / "tokenizer.json").write_bytes(b"another")
     with pytest.raises(SystemExit, match=r"tokenizers of .* differ. Run resize_vocab.py"):
         sft_v1.agree(data, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": "515"}))
+    with pytest.raises(SystemExit, match=r"515 rows .* this base was not resized"):
+        sft_v1.agree(data, base)
     write_base(base, tiny_config(vocab_size=500))
     with pytest.raises(SystemExit, match=r"500 rows .* 515 tokens: this base was not resized"):
         sft_v1.agree(data, base)
@@ -565,6 +569,9 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
         sft_v1.check_output(tmp_path, facts | {"fingerprints": facts["fingerprints"] | {"data": "z"}})
     with pytest.raises(SystemExit, match=r"differs in SEED \(then 1, now 2\)"):
         sft_v1.check_output(tmp_path, facts | {"settings": facts["settings"] | {"SEED": 2}})
+    (tmp_path / "run.json").write_text(json.dumps(facts | {"settings": [1]}))
+    with pytest.raises(SystemExit, match=r"differs in SEED \(then None, now 1\)"):
+        sft_v1.check_output(tmp_path, facts)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
