@@ -18,6 +18,8 @@ the mean over all its questions, as lm_eval has it.
 
 import json
 import math
+import operator
+import os
 from pathlib import Path
 from statistics import NormalDist
 
@@ -48,17 +50,44 @@ KNOWN_ROWS = (
     ("mmlu_social_sciences", "MMLU: Social Sciences", "acc", 0.25),
     ("mmlu_other", "MMLU: Other", "acc", 0.25),
 )
+# What must have which shape, where it is there: a type, {key: shape} with "*" for every other key, [shape of each].
+RESULTS = {"results": {"*": {"alias": str}}, "configs": {"*": {"metric_list": ([{"metric": str}], type(None))}}}
+RESULTS |= {"higher_is_better": {"*": {}}, "group_subtasks": {"*": [str]}, "config": {"model_args": (str, {})}}
+RESULTS |= {"versions": {}, "n-shot": {}, "task_hashes": {}}
+FACTS = {"files_sha256": {}, "versions": {}}  # of run.json
 
 
 # ==== Reading one run ====
 
 
-def read_json(path):
-    """Parse a JSON file. Raises: SystemExit naming the file when it is not whole."""
+def fits(value, shape):
+    """Return whether a JSON value has a shape (see RESULTS); a tuple gives several."""
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
+    if isinstance(shape, dict):
+        parts = value.items() if isinstance(value, dict) else ()
+        return isinstance(value, dict) and all(fits(part, shape.get(k, shape.get("*", object))) for k, part in parts)
+    return isinstance(value, shape)
+
+
+def finite(value):
+    """Return whether a JSON value is a number to calculate with: JSON in Python knows NaN, and integers of any size."""
+    return isinstance(value, int | float) and abs(value) < 1e100
+
+
+def read_json(path, shapes):
+    """Parse a JSON file, an object. Raises: SystemExit naming the file when it is not whole or has another shape."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} is not whole JSON ({error}). Move it away and run run_eval.sh again.") from None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run run_eval.sh again.")
+    if wrong := [key for key, shape in shapes.items() if key in value and not fits(value[key], shape)]:
+        raise SystemExit(f"{path}: its {wrong[0]} has not the form that lm_eval 0.4 writes. Run run_eval.sh again.")
+    return value
 
 
 def read_run(folder):
@@ -76,31 +105,31 @@ def read_run(folder):
         raise SystemExit(f"No results_*.json under {folder}: lm_eval did not finish there. Run run_eval.sh again.")
     if len(found) > 1:
         print(f"{folder} holds {len(found)} results; the newest is used: {found[-1].name}")
-    result = read_json(found[-1])
+    result = read_json(found[-1], RESULTS)
     missing = [k for k in ("results", "versions", "n-shot", "configs", "config", "lm_eval_version") if k not in result]
     if missing:
         raise SystemExit(f"{found[-1]} is not a results file of lm_eval 0.4: it has no {', '.join(missing)}.")
     facts = folder / "run.json"
     result |= {"folder": folder, "results_file": found[-1]}
-    return result | {"run": read_json(facts) if facts.exists() else {}}
+    return result | {"run": read_json(facts, FACTS) if facts.exists() else {}}
 
 
 def read_samples(run, task):
     """Read the logged questions of one task: {(filter, doc_id): sample}. Raises: SystemExit if missing or broken."""
-    path = run["results_file"].with_name(run["results_file"].name.replace("results_", f"samples_{task}_") + "l")
-    if not path.exists():
+    path = run["results_file"].parent / (run["results_file"].name.replace("results_", f"samples_{task}_") + "l")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise SystemExit(
             f"The logged questions of {task} are missing: {path}. Run lm_eval with --log_samples, as run_eval.sh does."
         )
     samples = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                sample = json.loads(line)
-                samples[sample["filter"], sample["doc_id"]] = sample
+                sample = json.loads(line.decode())
+                samples[sample["filter"], operator.index(sample["doc_id"])] = sample
                 # lm_eval takes the first choice for a model that answers NaN, and calls it right or wrong.
                 broken = any(answer[0] == "nan" for answer in sample["filtered_resps"] if isinstance(answer, list))
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 raise SystemExit(f"{path}, line {number}, is not a logged question of lm_eval.") from None
             if broken:
                 raise SystemExit(f"{path}, line {number}: the model answered NaN; its weights or its dtype are broken.")
@@ -164,7 +193,8 @@ def agree(before, after):
     if weights[0] and weights[0] == weights[1]:
         notes.append("both runs measured the very same weights.")
     for side, run in (("before", before), ("after", after)):
-        if run["results"].get("lambada_openai", {}).get("perplexity,none", 0) > 10_000:
+        perplexity = run["results"].get("lambada_openai", {}).get("perplexity,none")
+        if finite(perplexity) and perplexity > 10_000:
             notes.append(
                 f"{side}: Lambada's perplexity is that of a model that cannot read plain text. Such a model is usually "
                 "a broken import or export (rotary layout, key names, tokenizer), not a weak one."
@@ -186,7 +216,7 @@ def plan_rows(run):
                 hidden.update(run.get("group_subtasks", {}).get(task, ()))
     for task in results:
         if task not in hidden:
-            declared = [m["metric"] for m in run["configs"].get(task, {}).get("metric_list") or ()]
+            declared = [m["metric"] for m in run["configs"].get(task, {}).get("metric_list") or () if "metric" in m]
             keys = [k for k in results[task] if "," in k and not k.split(",")[0].endswith("_stderr")]
             keys += [f"{metric},none" for metric in declared if not any(k.split(",")[0] == metric for k in keys)]
             rows += [(task, results[task].get("alias", task).strip(" -"), key, "guess") for key in keys]
@@ -197,20 +227,22 @@ def value_of(run, task, key):
     """The metric's value and its standard error (None if lm_eval gives none). Raises: SystemExit if missing or NaN."""
     name, _, kind = key.partition(",")
     value = run["results"][task].get(key)
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not finite(value) or (name == "perplexity" and value <= 0):
         found = "is missing" if value is None else f"is {value}"
         raise SystemExit(
             f"The metric {name} of {task} {found} in {run['results_file']}. A model with broken weights gives NaN or "
             "infinity; a task that stopped half way leaves it out. Measure it again."
         )
     stderr = run["results"][task].get(f"{name}_stderr,{kind}")
-    return value, stderr if isinstance(stderr, int | float) and math.isfinite(stderr) else None
+    return value, stderr if finite(stderr) else None
 
 
-def leaves(run, task):
-    """The tasks below a group, in order; a task itself."""
+def leaves(run, task, above=()):
+    """The tasks below a group, in order; a task itself. Raises: SystemExit if a group is below itself."""
+    if task in above:
+        raise SystemExit(f"{run['results_file']}: the group {task} is a part of itself. Run run_eval.sh again.")
     below = run.get("group_subtasks", {}).get(task)
-    return [leaf for child in below for leaf in leaves(run, child)] if below else [task]
+    return [leaf for child in below for leaf in leaves(run, child, (*above, task))] if below else [task]
 
 
 def pairs_of(before, after, tasks, kind, cache):
@@ -276,7 +308,8 @@ def compare_row(before, after, planned, cache):
         if len(numbers) > 1 and all(isinstance(x, int | float) for x in numbers):
             # lm_eval logs the target's log-likelihood as its "perplexity"
             numbers = [-x for x in numbers] if log_scale else numbers
-            mean, expected = math.fsum(numbers) / len(numbers), math.log(value) if log_scale else value
+            mean = math.fsum(numbers) / len(numbers) if all(map(finite, numbers)) else math.nan
+            expected = math.log(value) if log_scale else value
             if math.isclose(mean, expected, rel_tol=1e-6, abs_tol=1e-9):
                 scores.append(numbers)
             elif chance != "guess":
@@ -315,6 +348,7 @@ def guess_rate(pairs, run, metric):
         not pairs
         or metric not in ("acc", "acc_norm", "acc_bytes")
         or any(run["configs"].get(task, {}).get("output_type") != "multiple_choice" for task, *_ in pairs)
+        or not all(isinstance(a.get("arguments"), list | dict) and a["arguments"] for _, a, _ in pairs)
     ):
         return None
     return math.fsum(1 / len(a["arguments"]) for _, a, _ in pairs) / len(pairs)
@@ -377,10 +411,11 @@ def table(rows):
 def markdown(rows, before, after, notes, family_error):
     """The comparison as a Markdown page."""
     limit = before["config"].get("limit")
+    limit = f"{limit:g}" if finite(limit) and limit else limit
     models = " against ".join(f"`{run.get('model_name')}`" for run in (before, after))
     page = ["# What fine-tuning changed", "", f"{models}.", ""]
     if limit:
-        page += [f"**A quick look (LIMIT={limit:g}): only a part of each task was measured.**", ""]
+        page += [f"**A quick look (LIMIT={limit}): only a part of each task was measured.**", ""]
     page += [
         *table(rows),
         "",
@@ -393,7 +428,7 @@ def markdown(rows, before, after, notes, family_error):
         f"{'with' if before.get('chat_template_sha') else 'without'} chat template.",
         *(f"\nNote: {note}" for note in notes),
     ]
-    return "\n".join(page) + "\n"
+    return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
 
 
 def chart(rows, path):

@@ -330,7 +330,47 @@ def test_missing_or_broken_files_have_their_sentence(tmp_path):
     assert "is not a results file of lm_eval" in refused(tmp_path)
 
 
-@pytest.mark.parametrize(("value", "says"), [(None, "is missing"), (math.nan, "is nan"), (math.inf, "is inf")])
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("results", [], "its results has not the form"),
+        ("results", {"mine": 1}, "its results has not the form"),
+        ("configs", {"mine": {"metric_list": [1]}}, "its configs has not the form"),
+        ("config", {"model_args": 5}, "its config has not the form"),
+        ("group_subtasks", {"mine": ["other"], "other": ["mine"]}, "the group mine is a part of itself"),
+        ("results", {"../x": {"acc,none": 0.5}}, "The logged questions of ../x are missing"),
+    ],
+)
+def test_results_of_another_form_are_refused(tmp_path, key, value, says):
+    for side in ("before", "after"):
+        write_run(tmp_path / side, mine, change=lambda document: document.update({key: value}))
+    with pytest.raises(SystemExit, match=says):
+        compare_evals.compare(
+            compare_evals.read_run(tmp_path / "before"), compare_evals.read_run(tmp_path / "after"), 0.05
+        )
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b'{"filter": "none", "doc_id": "x", "filtered_resps": []}'])
+def test_a_logged_question_of_another_form_is_refused(tmp_path, line):
+    write_run(tmp_path, mine)
+    (tmp_path / f"models__x/samples_mine_{TIME}.jsonl").write_bytes(line)
+    with pytest.raises(SystemExit, match="line 1, is not a logged question"):
+        compare_evals.read_samples(compare_evals.read_run(tmp_path), "mine")
+
+
+@pytest.mark.parametrize("score", [math.nan, 10**400, 1e308])
+def test_scores_that_cannot_be_added_are_those_of_no_run(tmp_path, score):
+    write_run(tmp_path, {"piqa": {"acc": share(3, 9)}})
+    path = tmp_path / f"models__x/samples_piqa_{TIME}.jsonl"
+    path.write_text(path.read_text().replace('"acc": 1.0', f'"acc": {json.dumps(score)}'))
+    run = compare_evals.read_run(tmp_path)
+    with pytest.raises(SystemExit, match="its logged questions give another value"):
+        compare_evals.compare(run, run, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(None, "is missing"), (math.nan, "is nan"), (math.inf, "is inf"), (10**400, "is 1000")]
+)
 def test_missing_or_nan_metric_is_refused(tmp_path, value, says):
     def change(document):
         entry = document["results"]["piqa"]
