@@ -6,6 +6,7 @@ a control token. Used by prepare_data.py.
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +55,16 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     try:
         backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SystemExit(
             f"{folder}: no readable tokenizer.json and tokenizer_config.json ({error}). Name the base's folder with "
             "--base-tokenizer."
         ) from None
-    named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    for name, token in named.items():
+        if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
+            raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
     bos_id = backend.token_to_id(named["bos"]) if named["bos"] else None
     adds_bos = bos_id is not None and backend.encode("a").ids[:1] == [bos_id]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CHATML])
@@ -233,7 +237,8 @@ def laid(bos, turns):
 def self_test(tokenizer, encoder):
     """Compare the encoder with the saved tokenizer's own template on edge contents; return a line that says the result.
 
-    Raises: SystemExit if even the generation prompt differs: the model would then be asked in other ids than it learnt.
+    Raises: SystemExit if plain text holds a special token, or if even the generation prompt differs: the model would
+    then be asked in other ids than it learnt.
     """
     contents = [
         "1234567.89",
@@ -249,7 +254,10 @@ def self_test(tokenizer, encoder):
         turns = [("system", "Be brief."), ("user", text), ("assistant", f"<think>\n{text}\n</think>\n\n{text}")]
         turns += [("user", f"{text} again"), ("assistant", text)]
         messages = [{"role": role, "content": content} for role, content in turns]
-        ids, mask = laid(encoder.bos, encoder.encode([turns])[0])
+        encoded = encoder.encode([turns])[0]
+        if encoded is None:
+            raise SystemExit(f"self-test: a special token of the base is plain text: {text!r} holds it.")
+        ids, mask = laid(encoder.bos, encoded)
         made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         if np.array_equal(ids, made["input_ids"]):
             trainable = encoder.train_special | ~encoder.is_control[ids]

@@ -249,6 +249,25 @@ def test_runs_of_spaces_that_a_base_adds_as_tokens_are_text(bpe_tokenizer_dir, t
     assert (ids, mask) == template(extended, turns) and extended.convert_tokens_to_ids("    ") in ids
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ([], "no readable tokenizer.json and tokenizer_config.json"),
+        ({"bos_token": 5}, "the bos_token of its tokenizer_config.json is no text"),
+        (
+            {"pad_token": {"lstrip": True}, "unk_token": "\ud800"},
+            "the unk_token of its tokenizer_config.json is no text",
+        ),
+        ({"bos_token": "e"}, "self-test: a special token of the base is plain text"),
+    ],
+)
+def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, config, says):
+    (tmp_path / "tokenizer.json").symlink_to(bpe_tokenizer_dir / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match=says):
+        chatml.self_test(*build(tmp_path, tmp_path / "out"))
+
+
 def test_a_character_that_the_model_does_not_know_is_unknown_and_no_control_token(tmp_path):
     """Without byte fallback "é" becomes <unk>, as it does in the template; the row stays."""
     vocab = {"<unk>": 0, "</s>": 1} | {
