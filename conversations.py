@@ -4,6 +4,7 @@ A row becomes a list of (role, content) that alternates from user to assistant, 
 rejected with a reason. Used by prepare_data.py.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -70,8 +71,14 @@ class ArrowRows:
         return len(self.dataset)
 
     def take(self, numbers):
-        """Return for each row number (the row, None)."""
-        return [(row, None) for row in self.dataset[numbers].to_pylist()]
+        """Return for each row number (the row, None) or (None, (reason, "")) if it cannot be read."""
+        try:
+            return [(row, None) for row in self.dataset[numbers].to_pylist()]
+        except (ValueError, OverflowError) as error:  # what reads Parquet checks neither text nor dates
+            if len(numbers) > 1:
+                return [self.take([number])[0] for number in numbers]
+            text = isinstance(error, UnicodeDecodeError)
+            return [(None, ("row is not valid UTF-8" if text else "row has a value out of range", ""))]
 
 
 def line_spans(path):
@@ -144,7 +151,7 @@ def find_source(source, folder):
     revision = None
     if "path" in source:
         path = folder / source["path"]
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
             raise SystemExit(f"{source['name']}: no file {path}. Put it there or change the source's path.")
     elif "file" in source:  # as it lies on the hub: `datasets` would hold a JSON array of 2 GB in memory
         asked = {"repo_id": source["hub"], "filename": source["file"], "revision": source.get("revision")}
@@ -161,7 +168,7 @@ def find_source(source, folder):
     facts = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
     if path.suffix != ".parquet":
         return lambda: JsonRows(path), facts
-    rows = fetch(source, lambda: datasets.load_dataset("parquet", data_files=str(path), split="train"))
+    rows = fetch(source, lambda: datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train"))
     rows = with_columns(source, rows, columns)
     return lambda: ArrowRows(rows), facts
 
@@ -215,6 +222,8 @@ def utf8(text):
 REJECTIONS = [  # (reason, predicate of the raw turns); the first that holds is the row's fate
     ("no turns", lambda turns: not turns),
     ("content is not text", lambda turns: not all(isinstance(content, str) for _, content in turns)),
+    # Its tokens would take 150 bytes of memory per character; a window holds a hundredth of it.
+    ("longer than a million characters", lambda turns: sum(len(content) for _, content in turns) > 1_000_000),
     ("role is not text", lambda turns: not all(isinstance(role, str) for role, _ in turns)),
     ("tool turn", lambda turns: any(role in TOOL_ROLES for role, _ in turns)),
     ("unknown role", lambda turns: not all(role in ROLES for role, _ in turns)),

@@ -474,8 +474,8 @@ def read_mixture(mixture):
         name = f"source {place} ({source.get('name')})"
         if unknown := sorted(set(source) - known):
             raise SystemExit(f"{name} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}.")
-        if not isinstance(source.get("name"), str) or not source["name"]:
-            raise SystemExit(f'{name} needs a "name".')
+        if not isinstance(source.get("name"), str) or not source["name"] or not conversations.utf8(source["name"]):
+            raise SystemExit(f'{name} needs a "name" of valid text.')
         if ("path" in source) == ("hub" in source):
             raise SystemExit(f'{name} needs either "path" or "hub".')
         texts = [key for key in ("path", "hub", "file", "config", "revision", "split") if key in source]

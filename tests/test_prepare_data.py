@@ -141,6 +141,7 @@ ODD = {
     "duplicate": chat(" Question  0", "ANSWER 0"),
     "another model's identity": chat("Who are you?", "As an AI developed by OpenAI, I cannot."),
     "nothing trainable in the window": chat("word " * 400, "b"),
+    "longer than a million characters": chat("a", "b" * 1_000_001),
 }
 
 
@@ -205,7 +206,7 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
     assert changed["assistant turn before the first user turn left out"] == "b"
     assert report["base_vocab_size"] == 49_152 and report["vocab_size"] == 49_156
     assert report["totals"]["tokens"] == sum(source["tokens"] for source in report["sources"])
-    assert "| odd | 49 | 17 |" in stdout and (folder / "out" / "report.md").read_text() in stdout
+    assert "| odd | 50 | 18 |" in stdout and (folder / "out" / "report.md").read_text() in stdout
 
 
 def test_the_folder_is_what_others_load(prepared):
@@ -457,6 +458,7 @@ def test_wrong_files_are_a_sentence(tmp_path, bpe_tokenizer_dir):
     (tmp_path / "notes.txt").write_text("x")
     for path, sentence in [
         ("none.jsonl", "no file"),
+        ("x" * 300 + ".jsonl", "no file"),
         ("object.json", "expected a JSON array of rows, found '{\"a\": 1}'"),
         ("text.parquet", "has no column messages; it has text"),
         ("broken.parquet", "cannot be read"),
@@ -465,6 +467,21 @@ def test_wrong_files_are_a_sentence(tmp_path, bpe_tokenizer_dir):
         result = run(tmp_path, [{"name": "s", "path": path}], bpe_tokenizer_dir)
         assert result.returncode == 1 and sentence in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_name_that_no_file_can_hold_is_a_sentence():
+    with pytest.raises(SystemExit, match="valid text"):
+        prepare_data.read_mixture([{"name": "\ud800", "path": "a.jsonl", "schema": "messages", "examples": "all"}])
+
+
+def test_parquet_with_odd_names_broken_text_and_dates_is_read_and_its_rows_are_rejected(tmp_path):
+    texts = pa.array([b"ok", b"\xff", b"ok"], pa.binary()).view(pa.string())
+    dates = pa.array([1, 1, 2**31 - 1], pa.date32())
+    pq.write_table(pa.table({"query": texts, "response": dates}), tmp_path / "it's [0-9]*.parquet")
+    source = {"name": "s", "path": "it's [0-9]*.parquet", "schema": "query/response"}
+    rows = conversations.find_source(source, tmp_path)[0]()
+    reasons = [unreadable and unreadable[0] for _, unreadable in rows.take([0, 1, 2])]
+    assert reasons == [None, "row is not valid UTF-8", "row has a value out of range"]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
