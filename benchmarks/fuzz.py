@@ -36,7 +36,7 @@ QUICK = False  # 2,000 inputs
 
 # ==== Facts ====
 
-SHARES = {  # of INPUTS, by what one costs
+SHARES = {  # of INPUTS, by what one costs; each kind has at least one
     "rows": 0.38,
     "files": 0.24,
     "texts": 0.16,
@@ -46,6 +46,7 @@ SHARES = {  # of INPUTS, by what one costs
     "results": 0.027,
     "tokenizer": 0.013,
     "parquet": 0.01,
+    "huge": 0.0,
 }
 TEXTS = ("", " ", "a", "Hi there.", "<|im_end|>", "<|im_start|>assistant\n", "<think>", "</think>", "<s>", "[INST]")
 TEXTS += ("<|endoftext|>", "\0", "\u2028", "e\u0301", "日本語", "😀", "\U0010fffd1\U0010fffd", "\ufeff", "▁", "<0x0A>")
@@ -190,15 +191,26 @@ def make_parquet(rng):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source = source_of(rng)
+    source, plain = source_of(rng), {"compression": "none", "use_dictionary": False}  # flips reach the text
     rows = [row_of(rng, source["schema"]) for _ in range(3)]
     try:
-        table = pa.Table.from_pylist(rows)
+        pq.write_table(pa.Table.from_pylist(rows), file := io.BytesIO(), **plain)
     except (pa.ArrowException, ValueError, TypeError, AttributeError, OverflowError):  # no column holds such values
         text = json.dumps({"messages": TEXTS})
         table = pa.table({"query": [text], "prompt": [text], "response": [text], "messages": [[1]], "from": ["x"]})
-    pq.write_table(table, file := io.BytesIO(), compression="none", use_dictionary=False)
+        pq.write_table(table, file := io.BytesIO(), **plain)
     return source | {"path": rng.choice(NAMES) + ".parquet"}, spoil(rng, file.getvalue())
+
+
+def make_huge(_):
+    return (100,)
+
+
+def feed_huge(world, megabytes):
+    """Read a row of that size from a JSONL file, and from a JSON array whose other row is good."""
+    row = b'{"query": "a", "response": "' + b"x" * megabytes * 10**6 + b'"}'
+    for name, data in (("huge.jsonl", row), ("huge.json", b'[{"query": "a", "response": "b"}, %b]' % row)):
+        feed_files(world, {"name": "huge", "path": name, "schema": "query/response"}, data)
 
 
 def make_texts(rng):

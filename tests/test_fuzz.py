@@ -1,0 +1,32 @@
+"""benchmarks/fuzz.py in short: nothing from outside ends in a traceback, and a traceback would be counted."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import fuzz
+
+
+def test_no_input_from_outside_ends_in_a_traceback(tmp_path, capsys):
+    fed, failed = fuzz.fuzz(2_000, 7, tmp_path)
+    assert fed >= 2_000 and failed == 0, capsys.readouterr().out
+
+
+def test_what_is_no_sentence_counts_and_the_same_number_is_the_same_input(monkeypatch):
+    def refuse(world, told):
+        raise told
+
+    monkeypatch.setattr(fuzz, "feed_texts", refuse)
+    problems = [fuzz.feed(None, "texts", (told,)) for told in (SystemExit("Do this."), SystemExit(1), KeyError("x"))]
+    assert problems[0] is None and "SystemExit" in problems[1] and "KeyError" in problems[2]
+    for kind in fuzz.SHARES:
+        assert repr(fuzz.make(kind, 1, 5)) == repr(fuzz.make(kind, 1, 5))
+
+
+@pytest.mark.parametrize("kind", ["files", "mixture", "results", "tokenizer"])
+def test_most_damage_is_damage(kind):
+    made = {repr(fuzz.make(kind, 1, number)) for number in range(100)}
+    assert len(made) > 60
