@@ -67,6 +67,7 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
             raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
     bos_id = backend.token_to_id(named["bos"]) if named["bos"] else None
     adds_bos = bos_id is not None and backend.encode("a").ids[:1] == [bos_id]
+    named = {name: token or None for name, token in named.items()}  # transformers asks for the id of "" without end
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CHATML])
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in THINK])
     backend.no_truncation()

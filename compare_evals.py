@@ -142,7 +142,7 @@ def read_samples(run, task):
 def how_measured(run):
     """Two dicts {what: value}: what must be equal in both runs of a comparison, and what may move scores a little."""
     config, facts = run["config"], run["run"]
-    arguments = config["model_args"]
+    arguments = config.get("model_args", {})
     if isinstance(arguments, str):
         arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
     must = {"tasks": ", ".join(sorted(run["results"])), "lm_eval": run["lm_eval_version"]}

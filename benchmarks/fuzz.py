@@ -428,6 +428,7 @@ def build_world(folder):
     import sft_v1
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it tells of every Parquet file, past redirect_stderr
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     bases = [write_base(folder / "byte_level", True), write_base(folder / "spm", False)]
     encoders = [chatml.Encoder(*chatml.extend_tokenizer(base, True, True), True, True) for base in bases]

@@ -268,6 +268,12 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
         chatml.self_test(*build(tmp_path, tmp_path / "out"))
 
 
+def test_a_base_may_name_an_empty_token(bpe_tokenizer_dir, tmp_path):
+    (tmp_path / "tokenizer.json").symlink_to(bpe_tokenizer_dir / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "", "unk_token": ""}')
+    assert build(tmp_path, tmp_path / "out")[0].unk_token is None
+
+
 def test_a_character_that_the_model_does_not_know_is_unknown_and_no_control_token(tmp_path):
     """Without byte fallback "é" becomes <unk>, as it does in the template; the row stays."""
     vocab = {"<unk>": 0, "</s>": 1} | {

@@ -350,6 +350,12 @@ def test_results_of_another_form_are_refused(tmp_path, key, value, says):
         )
 
 
+def test_results_without_model_arguments_can_be_compared(tmp_path):
+    write_run(tmp_path, mine, change=lambda document: document.update(config={}))
+    run = compare_evals.read_run(tmp_path)
+    assert compare_evals.agree(run, run) == ["both runs measured the very same weights."]
+
+
 @pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b'{"filter": "none", "doc_id": "x", "filtered_resps": []}'])
 def test_a_logged_question_of_another_form_is_refused(tmp_path, line):
     write_run(tmp_path, mine)
