@@ -1,8 +1,6 @@
 """checkpoints.py: a checkpoint is whole or it does not exist."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
