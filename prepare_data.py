@@ -56,12 +56,12 @@ OUTPUT_DIR = "data/sft_v1"  # folder to write; it must not hold anything yet
 # ---- Mixture ----
 # A source has a name, where it is ("path" of a local file, relative to the mixture file, or "hub" with "revision" and
 # either "config" and "split" or a "file"), its schema (SCHEMAS in conversations.py), "examples" (conversations kept for
-# training, or "all"), and optionally "seed" (of the draw), "repeat" (times each conversation is trained) and "exclude"
-# (column: values whose rows are left out).
+# training, or "all"), and optionally "seed" (of the draw), "repeat" (times each conversation is trained), "exclude"
+# (column: values whose rows are left out) and "identity_patterns" (in place of IDENTITY_PATTERNS; [] = none).
 # fmt: off
 MIXTURE = [  # the sources; as a flag, the path of a JSON file with such a list
-    {"name": "constitutional", "path": "data/constitutional.jsonl",
-     "schema": "messages", "examples": 10_000, "seed": 42},
+    {"name": "constitutional", "path": "data/constitutional.jsonl", "schema": "messages", "examples": 10_000,
+     "seed": 42, "identity_patterns": []},  # it may say who it is not: "ChatGPT was made by OpenAI"
     {"name": "smoltalk", "hub": "HuggingFaceTB/smoltalk", "config": "smol-magpie-ultra", "revision": "main",
      "split": "train", "schema": "messages", "examples": 100_000, "seed": 42},
     {"name": "openhermes", "hub": "teknium/OpenHermes-2.5", "file": "openhermes2_5.json", "revision": "main",
@@ -252,10 +252,10 @@ def judge(numbers):
 
 
 def reject_identities(good):
-    """Reject those (Fate, turns) of which an assistant turn matches IDENTITY_PATTERNS."""
+    """Reject those (Fate, turns) of which an assistant turn matches the source's identity patterns."""
     answers = [(fate, text) for fate, turns in good for role, text in turns if role == "assistant"]
     texts = pa.array([text for _, text in answers], pa.large_string())
-    for pattern in WORK.run["IDENTITY_PATTERNS"]:
+    for pattern in WORK.source.get("identity_patterns", WORK.run["IDENTITY_PATTERNS"]):
         for place in np.flatnonzero(pc.match_substring_regex(texts, pattern, ignore_case=True).to_numpy(False)):
             fate, text = answers[place]
             fate.reason = "another model's identity"
@@ -469,7 +469,7 @@ def read_mixture(mixture):
             "a mixture must be a non-empty list of sources, each an object with name, path or hub, schema."
         )
     known = {"name", "path", "hub", "file", "config", "revision", "split"}
-    known |= {"schema", "examples", "seed", "repeat", "exclude"}
+    known |= {"schema", "examples", "seed", "repeat", "exclude", "identity_patterns"}
     for place, source in enumerate(mixture, start=1):
         name = f"source {place} ({source.get('name')})"
         if unknown := sorted(set(source) - known):
@@ -486,6 +486,7 @@ def read_mixture(mixture):
         exclude = source.get("exclude", {})
         if not isinstance(exclude, dict) or not all(isinstance(values, list) for values in exclude.values()):
             raise SystemExit(f"{name}: exclude is {exclude!r}; it must be an object of column: [values].")
+        check_patterns(source.get("identity_patterns", []), f"{name}: identity_patterns")
         if not isinstance(source.get("schema"), str) or source["schema"] not in conversations.SCHEMAS:
             raise SystemExit(
                 f"{name} has the schema {source.get('schema')!r}; known are {', '.join(conversations.SCHEMAS)}."
@@ -514,11 +515,18 @@ def validate_settings(run):
     for name, value in least.items():
         if run[name] < value:
             raise SystemExit(f"{name} is {run[name]}; it must be at least {value}.")
-    for pattern in run["IDENTITY_PATTERNS"]:
+    check_patterns(list(run["IDENTITY_PATTERNS"]), "IDENTITY_PATTERNS")
+
+
+def check_patterns(patterns, what):
+    """Raise SystemExit unless `patterns` is a list of regular expressions of RE2."""
+    if not isinstance(patterns, list) or not all(isinstance(p, str) and conversations.utf8(p) for p in patterns):
+        raise SystemExit(f"{what} is {patterns!r}; it must be a list of regular expressions.")
+    for pattern in patterns:
         try:
             pc.match_substring_regex(pa.array([""]), pattern)
         except pa.ArrowInvalid as error:
-            raise SystemExit(f"IDENTITY_PATTERNS: {pattern!r} is no regular expression of RE2 ({error}).") from None
+            raise SystemExit(f"{what}: {pattern!r} is no regular expression of RE2 ({error}).") from None
 
 
 # ==== Main ====

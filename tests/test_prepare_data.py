@@ -299,6 +299,10 @@ def test_answers_that_claim_to_be_another_model_are_rejected(tmp_path, bpe_token
     flags = ["--identity-patterns", "Genesis"]
     assert run(tmp_path, [{"name": "s", "rows": rows}], bpe_tokenizer_dir, *flags, output="own").returncode == 0
     assert [line["found"] for line in ledger_of(tmp_path / "own")] == ["Genesis"]
+    # A source of one's own says who it is not: "No, I am Genesis. ChatGPT was made by OpenAI."
+    mixture = [{"name": "s", "rows": rows, "identity_patterns": []}]
+    assert run(tmp_path, mixture, bpe_tokenizer_dir, output="none").returncode == 0
+    assert not ledger_of(tmp_path / "none")
 
 
 def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, bpe_tokenizer_dir):
@@ -438,6 +442,8 @@ ROWS = [chat(f"a{n}", "b") for n in range(20)]
         ({"hub": "a/b"}, 'needs either "path" or "hub"'),
         ({"name": ""}, 'needs a "name"'),
         ({"file": "x.json"}, '"file" is a file of a "hub" source'),
+        ({"identity_patterns": "x"}, "identity_patterns is 'x'; it must be a list of regular expressions."),
+        ({"identity_patterns": ["("]}, "identity_patterns: '(' is no regular expression of RE2"),
         ({"exclude": ["x"]}, "exclude is ['x']; it must be an object of column: [values]"),
         ({"examples": 100}, "100 conversations and 100 for validation were asked, 20 of 20 rows can be used"),
         ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Is its schema right?"),
