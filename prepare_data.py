@@ -524,7 +524,7 @@ def check_patterns(patterns, what):
         raise SystemExit(f"{what} is {patterns!r}; it must be a list of regular expressions.")
     for pattern in patterns:
         try:
-            pc.match_substring_regex(pa.array([""]), pattern)
+            pc.extract_regex(pa.array([""]), f"(?i)(?P<found>{pattern})")  # refuses plain groups, too: write (?:...)
         except pa.ArrowInvalid as error:
             raise SystemExit(f"{what}: {pattern!r} is no regular expression of RE2 ({error}).") from None
 
