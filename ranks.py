@@ -43,9 +43,9 @@ def join(device):
         if "RTX 40" in torch.cuda.get_device_name():  # these cards have no peer-to-peer; NCCL may hang trying it
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
         card = torch.device("cuda", local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP, **meeting())
     else:
-        dist.init_process_group("gloo", timeout=BACKSTOP)
+        dist.init_process_group("gloo", timeout=BACKSTOP, **meeting())
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(probe)
@@ -55,6 +55,23 @@ def join(device):
             f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
         )
     return device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def meeting():
+    """Return where the ranks find each other, as arguments of init_process_group: torchrun's store, new per attempt.
+
+    torchrun keeps one store over its restarts (torch 2.13). Without the prefix a restarted rank reads the address that
+    a dead one left there, and waits for it. On several machines the attempts are counted apart, so README's command
+    for them switches the keeping off.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=BACKSTOP))
+    return {"store": dist.PrefixStore(attempt(), store), "rank": rank, "world_size": size}
+
+
+def attempt():
+    """Return the name of torchrun's present attempt, the same on every rank."""
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_machine else "attempt"
 
 
 def die_with_launcher():
@@ -195,9 +212,8 @@ class Watch:
 
     def run(self):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            store = dist.PrefixStore(f"watch_{attempt}", dist.TCPStore(address, port, is_master=False))
+            store = dist.PrefixStore(f"watch_{attempt()}", dist.TCPStore(address, port, is_master=False))
             beats = 0
             while not self.ended.wait(self.beat):
                 place = ", ".join(filter(None, (Place.name, Place.part)))
