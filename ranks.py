@@ -23,11 +23,14 @@ import checkpoints
 # Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watch` is the one
 # that sees a dead or hanging rank early.
 BACKSTOP = timedelta(hours=1)
+CARD_SETTINGS = ("NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF")  # environment that join() sets unless you did
 
 
 def join(device):
-    """Join the other processes of torchrun; return (torch.device of this rank, 1-D device mesh over all ranks).
+    """Join the other processes of torchrun; return (torch.device of this rank, device mesh).
 
+    The mesh has one dimension on one machine: "shard". On several it has two: "machine" (of torchrun's --nnodes), over
+    which FSDP2 replicates, and "shard" inside each, so that the slow network carries one sum of gradients.
     device: "auto" | "cuda" | "cpu". Raises: SystemExit if there are too few GPUs or the ranks' links do not add up.
     """
     if "LOCAL_RANK" not in os.environ:
@@ -39,9 +42,15 @@ def join(device):
         local_rank, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= cards:
             raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
+        # Micro-batches of changing size would fragment fixed segments. Read when the first tensor is made.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        torch.set_float32_matmul_precision("highest")  # no TF32: what is float32 here is so for its digits
         torch.cuda.set_device(local_rank)
         if "RTX 40" in torch.cuda.get_device_name():  # these cards have no peer-to-peer; NCCL may hang trying it
             os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+        if local_rank == 0:
+            told = [f"{name}={os.environ[name]}" for name in CARD_SETTINGS if name in os.environ]
+            print(f"{torch.cuda.get_device_name()}: {', '.join(told)}", flush=True)
         card = torch.device("cuda", local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP, **meeting())
     else:
@@ -54,7 +63,20 @@ def join(device):
         raise SystemExit(
             f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
         )
-    return device, init_device_mesh(device.type, (dist.get_world_size(),))
+    machines, ranks = int(os.environ.get("GROUP_WORLD_SIZE", "1")), dist.get_world_size()
+    if machines == 1:
+        return device, init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    if ranks != machines * int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise SystemExit(f"{ranks} ranks on {machines} machines: start the same --nproc-per-node on each.")
+    return device, init_device_mesh(device.type, (machines, ranks // machines), mesh_dim_names=("machine", "shard"))
+
+
+def memory(device):
+    """Return the bytes of memory of this rank's GPU, or its part of this machine's, which the local ranks share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def meeting():
@@ -124,6 +146,16 @@ def agree_on(facts):
     ]
     if different:
         end_all(f"The ranks differ: {'; '.join(different)}. Start all of them with the same files and flags.")
+
+
+def check_shared(folder, name):
+    """End all ranks if one of them does not see the file `name` that rank 0 has in `folder`."""
+    seen = checkpoints.on_every_rank((Path(folder) / name).exists())
+    if not all(seen):
+        end_all(
+            f"Rank {seen.index(False)} does not see {folder}/{name}, which rank 0 wrote: the folder must be on a disk "
+            "that all machines share."
+        )
 
 
 # ==== Stopping in order ====
@@ -209,6 +241,8 @@ class Watch:
             time.sleep(4 * self.beat)  # long enough to notice whose beats are missing
             self.say("failed", 3 * self.beat)
         self.ended.set()
+        if self.size > 1:  # a thread that is inside torch when Python ends aborts the process
+            self.thread.join(timeout=10)
 
     def run(self):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

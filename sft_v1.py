@@ -6,9 +6,13 @@ Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, m
 
     torchrun --nproc-per-node 2 sft_v1.py       two GPUs (or, without a GPU, two CPU processes)
     torchrun --nproc-per-node 1 sft_v1.py       one
+    python sft_v1.py --plan-only                memory, time and traffic of the run, without a GPU or weights
     the same command again                      continues from the newest whole checkpoint
     touch checkpoints/sft_v1/STOP               ends the run after its step, with a checkpoint; so do Ctrl-C and SIGTERM
     torchrun --max-restarts 3 ...               goes on by itself after a rank was killed
+
+    torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft_v1.py
+                                                on each of two machines: sharded inside each, replicated across
 
 torchrun waits 30 seconds after a signal before it kills; a run whose step and checkpoint take longer needs its flag
 `--shutdown-timeout 120`. A STOP file has no such limit.
@@ -18,12 +22,14 @@ padding, attention never crosses from one to the next, and the loss is the sum o
 trainable tokens divided by their number, over all ranks and micro-batches.
 """
 
+import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from functools import partial
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -32,19 +38,19 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig
 
 import checkpoints
+import memory_plan
 import ranks
 import settings
 import step_plan
 import training_log
+import validation
+from model import each_tensor, load_model, micro_batch, prepare_blocks
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
@@ -67,162 +73,40 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after whic
 SPIKE_SIGMA = 6.0  # standard deviations over the mean of the last 200 losses from which a loss is put in spikes.jsonl
 SEED = 42  # order of the sequences
 # ---- Memory and speed ----
-TOKENS_PER_MICRO_BATCH = 8192  # tokens per forward on one rank; lower it first when memory runs out
-ACTIVATION_CHECKPOINTING = True  # recompute each block in the backward: about a third more work, far less memory
-MEMORY_POLICY = "per_step"  # how often ranks communicate: "per_step" | "per_micro_batch" (slower, 6 GB less at 1B)
+TOKENS_PER_MICRO_BATCH = (
+    0  # tokens per forward on one rank; 0 = auto. Each auto takes what is fastest and fits (memory_plan.py)
+)
+ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
+MEMORY_POLICY = "auto"  # ranks communicate "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
+COMPILE = False  # torch.compile each block: 1.1 times as fast on a CPU after a minute's start; measure it on your GPU
 COMPUTE_DTYPE = "bfloat16"  # "bfloat16" | "float32" of forward and backward; masters and moments are always float32
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
+RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
+PROMPTS = ("Who are you?", "What is 17 + 25?", "Name three fruits.")  # answered at each validation; "" = none
+ANSWER_TOKENS = 64  # tokens after which an answer is broken off
 SAVE_EVERY = 500  # optimizer steps between checkpoints, and to the next try after a failed one; also after the last
 KEEP_CHECKPOINTS = 3  # newest ones kept; one of Genesis has 12 GB
 COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds after which a rank that died or hangs ends the others; above one micro-batch
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
+# ---- Planning without a run ----
+PLAN_ONLY = False  # print the plan for PLAN_RANKS GPUs of PLAN_GIB each and stop; needs only config.json and the data
+PLAN_RANKS = 2  # GPUs of one machine
+PLAN_GIB = 24.0  # GiB of memory of each
 
 
-# ==== Attention: documents laid end to end, none sees another ====
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Causal attention inside each document; the function that the HF model calls.
-
-    query: [1, heads, tokens, head_dim]; key, value: [1, kv_heads, tokens, head_dim]; document_lengths (in kwargs):
-    list of int, in order, summing to tokens; cumulative_lengths (there, too): int32 [documents + 1], from 0.
-    Returns: ([1, tokens, heads, head_dim], None).
-    Raises: ValueError for a model whose attention does more than this (a soft cap, a window shorter than a document).
-    """
-    lengths = kwargs["document_lengths"]
-    window = kwargs.get("sliding_window")
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and max(lengths) > window):
-        raise ValueError("this model's attention has a soft cap, sinks or a sliding window, which sft_v1.py has not.")
-    if query.is_cuda:  # torch's variable-length flash attention; equal head counts, as torch 2.11 asks
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        bounds, longest = kwargs["cumulative_lengths"], max(lengths)
-        output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
-        return output.unsqueeze(0), None
-    parts = [part.split(lengths, dim=2) for part in (query, key, value)]
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)
-
-
-# ==== Model and loss ====
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `hidden @ weight.T` whose logits exist for one chunk of rows at a time.
-
-    The gradients are made in the forward, where the chunk's probabilities are at hand, so nothing is computed twice.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, with_grad):
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_grad = torch.empty_like(hidden) if with_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
-        for start in range(0, len(hidden), chunk):
-            rows, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (rows @ weight.T).float()
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
-            if with_grad:
-                slope = logits.sub_(log_sum).exp_().scatter_add_(1, wanted, torch.full_like(log_sum, -1.0))
-                slope = slope.to(weight.dtype)
-                hidden_grad[start : start + chunk] = slope @ weight
-                weight_grad += slope.T @ rows
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        # In float32: the scale rounded to bfloat16 would be off by up to 0.4%, by another factor in each layout.
-        weight_grad = weight_grad.mul_(grad).to(hidden_grad.dtype)
-        return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
-
-
-class SFTModel(nn.Module):
-    """Trunk, head and loss in one module: FSDP's root then owns the (tied) embedding and gathers it for the loss."""
-
-    def __init__(self, causal_lm, loss_chunk_tokens):
-        super().__init__()
-        self.causal_lm = causal_lm
-        self.loss_chunk_tokens = loss_chunk_tokens
-
-    def forward(self, input_ids, position_ids, document_lengths, cumulative_lengths, predictors, targets):
-        """Return the summed cross-entropy (fp32 scalar) of `targets` as predicted at the positions `predictors`.
-
-        input_ids, position_ids: int64 [1, tokens]; predictors, targets: int64 [trainable tokens], possibly empty.
-        """
-        hidden = self.causal_lm.base_model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            use_cache=False,
-            document_lengths=document_lengths,
-            cumulative_lengths=cumulative_lengths,
-        ).last_hidden_state[0, predictors]
-        weight = self.causal_lm.get_output_embeddings().weight
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, self.loss_chunk_tokens, torch.is_grad_enabled())
-
-
-def load_model(base_model, loss_chunk_tokens, activation_checkpointing):
-    """Return the SFTModel of the HF folder `base_model`, on the CPU, in float32."""
-    try:
-        causal_lm, loading = AutoModelForCausalLM.from_pretrained(
-            base_model,
-            dtype=torch.float32,
-            attn_implementation="packed",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers, safetensors and json each raise their own
-        raise SystemExit(
-            f"{base_model} does not load ({type(error).__name__}: {error}). Run resize_vocab.py."
-        ) from None
-    if missing := sorted(loading["missing_keys"]):
-        raise SystemExit(f"{base_model} lacks {len(missing)} tensors, first {missing[0]}. Run resize_vocab.py again.")
-    model = SFTModel(causal_lm, loss_chunk_tokens)
-    check_loss(model, base_model)
-    if activation_checkpointing:
-        for layer in causal_lm.base_model.layers:  # inside the unit that shard() makes of the layer
-            layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return model.train()
-
-
-@torch.no_grad()
-def check_loss(model, base_model):
-    """Refuse a model whose own logits are not its head times its last hidden state (scaled, capped, biased heads)."""
-    ids = torch.arange(24)
-    batch = micro_batch([(ids.numpy(), np.ones(24, bool)), (ids.numpy(), np.ones(24, bool))], "cpu")
-    try:
-        ours = model(**batch)
-        theirs = model.causal_lm(**{k: v for k, v in batch.items() if k not in ("predictors", "targets")}).logits
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"{base_model}: sft_v1.py cannot train this architecture: {error}") from None
-    theirs = F.cross_entropy(theirs[0, batch["predictors"]].float(), batch["targets"], reduction="sum")
-    if not torch.isclose(ours, theirs, rtol=1e-4):
-        raise SystemExit(
-            f"{base_model}: its own loss on a test text is {theirs:.4f}, sft_v1.py's is {ours:.4f}: the model does "
-            "more to its logits than multiply by the head. Only Llama-like models are trained here."
-        )
+# ==== Model and optimizer ====
 
 
 def shard(model, mesh, compute_dtype, memory_policy):
     """Shard `model` in place over `mesh`: each block is a unit, the root holds embedding, last norm, head and loss."""
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    reshard = memory_policy == "per_micro_batch"
+    reshard = memory_policy == "per_micro_batch"  # a block between its forward and its backward; never the root
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
 def make_optimizer(model, betas, eps, weight_decay):
@@ -254,7 +138,8 @@ def load_data(data_dir):
     """Return the `datasets` splits "train" and "validation" of the folder. Raises: SystemExit if they do not load."""
     try:
         data = datasets.load_from_disk(data_dir)
-        return {name: data[name].select_columns(["input_ids", "assistant_masks"]) for name in ("train", "validation")}
+        wanted = ["input_ids", "assistant_masks", "source"]
+        return {name: data[name].select_columns(wanted) for name in ("train", "validation")}
     except (OSError, KeyError, ValueError) as error:
         raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
 
@@ -264,53 +149,61 @@ def sequence_lengths(dataset):
     return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
 
 
-def micro_batch(rows, device):
-    """Lay sequences end to end. rows: list of (input_ids, assistant_masks) arrays; returns SFTModel.forward's inputs.
-
-    An empty list becomes one token with nothing to train, so that this rank still takes part in the collectives.
-    """
-    rows = rows or [(np.zeros(1, np.int64), np.zeros(1, bool))]
-    ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
-    lengths = [len(ids) for ids, _ in rows]
-    trained = np.concatenate([mask for _, mask in rows])
-    starts = np.cumsum([0, *lengths])
-    trained[starts[:-1]] = False  # a sequence's first token has nothing before it that could predict it
-    targets = np.flatnonzero(trained)
-    tensor = {
-        "input_ids": ids[None],
-        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
-        "cumulative_lengths": starts.astype(np.int32),
-        "predictors": targets - 1,
-        "targets": ids[targets],
-    }
-    return {"document_lengths": lengths} | {
-        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in tensor.items()
-    }
-
-
 class Batches:
-    """Turns a list of sequence indices into this rank's micro-batches of it."""
+    """Turns lists of sequence indices into this rank's micro-batches of them, one list ahead of the training."""
 
-    def __init__(self, dataset, config, tokens_per_micro_batch, device):
-        self.dataset = dataset.with_format("numpy")
+    def __init__(self, dataset, sizes, budget, device):
+        self.dataset = dataset.select_columns(["input_ids", "assistant_masks"]).with_format("numpy")
         self.lengths = sequence_lengths(dataset)
-        self.costs = step_plan.cost(self.lengths, config.hidden_size, config.intermediate_size)
-        self.tokens_per_micro_batch = tokens_per_micro_batch
-        self.device = device
+        self.costs = step_plan.cost(self.lengths, sizes.matrices, sizes.attention)
+        self.head, self.budget, self.device = sizes.head, budget, device
 
-    def of(self, indices):
-        """Return (this rank's micro-batches, {"tokens", "trainable_tokens", "idle_share"} over all ranks)."""
+    def each(self, lists):
+        """Yield (indices, this rank's micro-batches, facts) for each of `lists` of indices.
+
+        A thread reads and lays out the next list meanwhile. facts: "tokens", "trainable_tokens", "idle_share" and
+        "flops" (forward and backward) over all ranks, "data_seconds" that the training waited.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for indices in lists:
+                ahead.append(pool.submit(self.build, indices))
+                if len(ahead) > 1:
+                    yield self.ready(ahead.popleft())
+            while ahead:
+                yield self.ready(ahead.popleft())
+
+    def ready(self, promise):
+        """Wait for what `build` made and move it to the device."""
+        began = time.perf_counter()
+        indices, batches, facts = promise.result()
+        waited = {"data_seconds": round(time.perf_counter() - began, 4)}
+        return indices, [each_tensor(batch, self.to_device) for batch in batches], facts | waited
+
+    def to_device(self, tensor):
+        return tensor.to(self.device, non_blocking=True)
+
+    def build(self, indices):
+        """Return what `each` yields for `indices`, on the CPU (in pinned memory if a GPU will take it)."""
         indices = [int(i) for i in indices]
-        plan = step_plan.lay_out(indices, self.lengths, dist.get_world_size(), self.tokens_per_micro_batch, self.costs)
-        rows = self.dataset[indices]
-        by_index = dict(zip(indices, zip(rows["input_ids"], rows["assistant_masks"], strict=True), strict=True))
-        batches = [micro_batch([by_index[i] for i in batch], self.device) for batch in plan[dist.get_rank()]]
+        plan = step_plan.lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
+        rows = self.rows(indices)
+        batches = [micro_batch([rows[i] for i in batch]) for batch in plan[dist.get_rank()]]
+        if self.device.type == "cuda":
+            batches = [each_tensor(batch, torch.Tensor.pin_memory) for batch in batches]
+        trainable = sum(int(mask[1:].sum()) for _, mask in rows.values())
         facts = {
             "tokens": int(self.lengths[indices].sum()),
-            "trainable_tokens": sum(int(mask[1:].sum()) for _, mask in by_index.values()),
+            "trainable_tokens": trainable,
             "idle_share": round(float(step_plan.idle_share(plan, self.costs)), 4),
+            "flops": int(self.costs[indices].sum()) + 6 * self.head * trainable,
         }
-        return batches, facts
+        return indices, batches, facts
+
+    def rows(self, indices):
+        """Return {index: (input_ids, assistant_masks)} of some sequences."""
+        rows = self.dataset[indices]
+        return dict(zip(indices, zip(rows["input_ids"], rows["assistant_masks"], strict=True), strict=True))
 
 
 # ==== Gates: what must hold before any long work ====
@@ -319,15 +212,17 @@ class Batches:
 def validate_settings(run):
     """Raise SystemExit with a sentence for a value that no run can have. run: dict of all settings."""
     for name, values in {
-        "MEMORY_POLICY": ("per_step", "per_micro_batch"),
+        "MEMORY_POLICY": ("auto", "per_step", "per_micro_batch"),
+        "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
         "COMPUTE_DTYPE": ("bfloat16", "float32"),
         "DEVICE": ("auto", "cuda", "cpu"),
     }.items():
         if run[name] not in values:
             raise SystemExit(f"{name} is {run[name]!r}; it must be one of {', '.join(values)}.")
     at_least_0 = ("MAX_STEPS", "WARMUP_STEPS", "VALIDATE_EVERY", "MIN_LEARNING_RATE", "WEIGHT_DECAY", "SEED")
+    at_least_0 += ("TOKENS_PER_MICRO_BATCH", "RESERVED_GIB")
     for name, value in run.items():
-        if isinstance(value, bool | str):
+        if isinstance(value, bool | str | tuple):
             continue
         above_0 = isinstance(value, float) and name not in at_least_0
         least = 0 if above_0 or name in at_least_0 else 1
@@ -343,7 +238,7 @@ def validate_settings(run):
 def agree(data_dir, base_model):
     """Check that data, tokenizer and base belong together.
 
-    Returns: (report.json as a dict, fingerprints: dict of SHA-256 digests under "data", "tokenizer" and "base").
+    Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
     Raises: SystemExit naming the script to run again.
     """
     report = checkpoints.read_json(Path(data_dir) / "report.json", "prepare_data.py")
@@ -367,7 +262,7 @@ def agree(data_dir, base_model):
         raise SystemExit(
             f"The tokenizers of {data_dir} and {base_model} differ. Run resize_vocab.py again for this data."
         )
-    return report, {
+    return {
         "data": json.dumps(report.get("digest"), sort_keys=True),
         "tokenizer": digests["prepare_data.py"],
         "base": checkpoints.folder_digest(base_model, "*.safetensors"),
@@ -398,15 +293,15 @@ def check_output(output_dir, facts):
         )
 
 
-def check_batches(batches, split, need, config):
+def check_lengths(lengths, split, need, config, budget):
     """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
-    if len(batches.lengths) < need:
-        raise SystemExit(f"The {split} split has {len(batches.lengths)} sequences, fewer than the {need} needed.")
-    longest = int(batches.lengths.max(initial=0))
-    if longest > batches.tokens_per_micro_batch:
+    if len(lengths) < need:
+        raise SystemExit(f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed.")
+    longest = int(lengths.max(initial=0))
+    if 0 < budget < longest:
         raise SystemExit(
-            f"Sequence {int(batches.lengths.argmax())} of the {split} split has {longest} tokens, more than "
-            f"TOKENS_PER_MICRO_BATCH = {batches.tokens_per_micro_batch}. Raise it to at least {longest}."
+            f"Sequence {int(lengths.argmax())} of the {split} split has {longest} tokens, more than "
+            f"TOKENS_PER_MICRO_BATCH = {budget}. Raise it to at least {longest}."
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     context = min(config.max_position_embeddings, window or math.inf)
@@ -478,6 +373,18 @@ def segment(stored, facts):
 # ==== Training ====
 
 
+def forward_backward(model, batch, scale, communicate):
+    """Add a micro-batch's gradients, times `scale`, to the step's; return its summed cross-entropy (detached).
+
+    communicate: reduce the gradients over the ranks now, and give the gathered parameters back.
+    """
+    model.set_requires_gradient_sync(communicate)
+    model.set_reshard_after_backward(communicate)
+    loss = model(**batch)
+    (loss * scale).backward()
+    return loss.detach()
+
+
 def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_grad_norm, stop=False):
     """Run one optimizer step over this rank's micro-batches.
 
@@ -486,15 +393,12 @@ def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_g
     A non-finite loss or gradient norm leaves parameters and moments as they are, on all ranks alike.
     """
     total = torch.zeros((), dtype=torch.float32, device=batches[0]["input_ids"].device)
+    # FSDP averages gradients over the ranks; times world_size makes that the sum.
+    scale = dist.get_world_size() / trainable_tokens
     for number, batch in enumerate(batches, start=1):
         ranks.at(part=f"micro-batch {number} of {len(batches)}")
         communicate = number == len(batches) or memory_policy == "per_micro_batch"
-        model.set_requires_gradient_sync(communicate)
-        model.set_reshard_after_backward(communicate)
-        loss = model(**batch)
-        # FSDP averages gradients over the ranks; times world_size makes that the sum.
-        (loss * (dist.get_world_size() / trainable_tokens)).backward()
-        total += loss.detach()
+        total += forward_backward(model, batch, scale, communicate)
     ranks.at(part="sum over the ranks")
     shared = torch.stack([total, torch.full_like(total, float(stop))])
     dist.all_reduce(shared)
@@ -510,72 +414,56 @@ def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_g
     return loss, grad_norm, updated, stop > 0
 
 
-@torch.no_grad()
-def validate(model, batches, sequences_per_step):
-    """Return the loss per trainable token over the whole validation split, the same on every rank."""
-    model.eval()
-    total, trainable = torch.zeros((), dtype=torch.float64), 0
-    for start in range(0, len(batches.lengths), sequences_per_step):
-        part, facts = batches.of(range(start, min(start + sequences_per_step, len(batches.lengths))))
-        trainable += facts["trainable_tokens"]
-        for batch in part:
-            ranks.at(part=f"validation from sequence {start}")
-            total += model(**batch).double().cpu()
-    total = total.to(batches.device)
-    dist.all_reduce(total)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # else a checkpoint would read the gathered bf16 copies
-    model.train()
-    return total.item() / trainable
+def rehearse(model, optimizer, batch, plan):
+    """Run the largest micro-batch as in the middle and at the end of a step, so that too little memory shows now.
+
+    Raises: SystemExit with the setting to change. Parameters and moments stay as they are.
+    """
+    try:
+        for last in (False, True):
+            communicate = last or plan.memory_policy == "per_micro_batch"
+            forward_backward(model, batch, 1.0, communicate)
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"The largest micro-batch ({batch['input_ids'].numel()} tokens) does not fit into this GPU ({error}). "
+            "Raise RESERVED_GIB, so that a smaller plan is chosen, or lower TOKENS_PER_MICRO_BATCH."
+        ) from None
+    optimizer.zero_grad(set_to_none=True)
 
 
-def describe(batches, run, total_steps, model, max_seq_len):
-    """Return the start-up lines: what will be trained, and the step as sequences, real tokens and padded slots."""
-    per_step, mean = run["SEQUENCES_PER_STEP"], batches.lengths.mean()
-    slots, real = per_step * max_seq_len, per_step * mean
-    tokens = total_steps * real
-    hours = tokens / run["EXPECTED_TOKENS_PER_SECOND"] / 3600
-    params = sum(p.numel() for p in model.parameters())
-    return "\n".join(
-        (
-            f"model      {run['BASE_MODEL']}: {params:,} parameters, {run['COMPUTE_DTYPE']} compute, float32 masters",
-            f"ranks      {dist.get_world_size()} on {batches.device.type}, {run['TOKENS_PER_MICRO_BATCH']:,} tokens "
-            f"per micro-batch, communication {run['MEMORY_POLICY']}",
-            f"data       {len(batches.lengths):,} sequences, {int(batches.lengths.sum()):,} tokens, mean {mean:.0f}",
-            f"step       {per_step} sequences = about {real:,.0f} real tokens (padded to {max_seq_len} each, it would "
-            f"be {slots:,} slots, {1 - real / slots:.0%} of them padding)",
-            f"run        {total_steps:,} steps, about {tokens:,.0f} tokens; {hours:.1f} h at "
-            f"{run['EXPECTED_TOKENS_PER_SECOND']:,} tokens/s",
-            f"checkpoint {params * 12 / 2**30:.1f} GiB each, {run['KEEP_CHECKPOINTS']} kept in {run['OUTPUT_DIR']}",
-        )
-    )
+def train(model, optimizer, batches, look, run, facts, log, stop):
+    """Train from facts["step"] to facts["total_steps"] or a wish to stop; validate and save. The loop of the run.
 
-
-def train(model, optimizer, batches, held_out, run, facts, log, stop):
-    """Train from facts["step"] to facts["total_steps"] or a wish to stop; validate and save. The loop of the run."""
+    look: called between steps, returns what the validation found (a dict for the log), or None without validation.
+    """
     step, updates, saved, skipped, stopped = facts["step"], facts["updates"], facts["step"], 0, False
-    if step == 0 and held_out:
+    if step == 0 and look:
         ranks.at("the validation before step 1")
-        log.write({"step": 0, "validation_loss": validate(model, held_out, run["SEQUENCES_PER_STEP"])})
-    while step < facts["total_steps"] and not stopped:
+        log.write({"step": 0} | look(0))
+    peak = dist.get_world_size() * training_log.peak_flops(batches.device, getattr(torch, run["COMPUTE_DTYPE"]))
+    order = (
+        step_plan.sequences_of_step(len(batches.lengths), run["SEED"], number, run["SEQUENCES_PER_STEP"])
+        for number in range(step, facts["total_steps"])
+    )
+    began = time.perf_counter()
+    for indices, parts, line in batches.each(order):
         ranks.at(f"step {step + 1}")
-        started = time.perf_counter()
-        indices = step_plan.sequences_of_step(len(batches.lengths), run["SEED"], step, run["SEQUENCES_PER_STEP"])
-        parts, line = batches.of(indices)
         lr = learning_rate(
             step, facts["total_steps"], run["LEARNING_RATE"], run["MIN_LEARNING_RATE"], run["WARMUP_STEPS"]
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
+        policy = facts["plan"]["memory_policy"]
         loss, grad_norm, updated, stopped = train_step(
-            model, optimizer, parts, line["trainable_tokens"], run["MEMORY_POLICY"], run["MAX_GRAD_NORM"], stop.asked()
+            model, optimizer, parts, line["trainable_tokens"], policy, run["MAX_GRAD_NORM"], stop.asked()
         )
         step, updates, skipped = step + 1, updates + updated, 0 if updated else skipped + 1
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - began
         line = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm} | line
         line |= {"micro_batches": len(parts), "step_seconds": round(seconds, 4)}
         line |= {"tokens_per_second": round(line["tokens"] / seconds, 1)}
+        line |= {"trainable_tokens_per_second": round(line["trainable_tokens"] / seconds, 1)}
+        line |= {"mfu": round(line.pop("flops") / seconds / peak, 4), "peak_gib": training_log.peak_gib(batches.device)}
         log.judge(line, indices, updated, run["SPIKE_SIGMA"])
         if skipped == run["MAX_SKIPPED_IN_A_ROW"]:
             raise SystemExit(
@@ -583,13 +471,15 @@ def train(model, optimizer, batches, held_out, run, facts, log, stop):
                 "them stay. Look at the base model, COMPUTE_DTYPE and LEARNING_RATE."
             )
         last = step == facts["total_steps"]
-        if held_out and (step % run["VALIDATE_EVERY"] == 0 or last):
-            line["validation_loss"] = validate(model, held_out, run["SEQUENCES_PER_STEP"])
-            log.say(f"step {step}: validation loss {line['validation_loss']:.4f}")
+        if look and (step % run["VALIDATE_EVERY"] == 0 or last):
+            line |= look(step)
         log.write(line)
         log.advance(line)
         if step % run["SAVE_EVERY"] == 0 or last or stopped:
             saved = save(model, optimizer, run, facts | {"step": step, "updates": updates}, log, saved)
+        if stopped:
+            break
+        began = time.perf_counter()
     if saved != step:
         raise SystemExit("The last checkpoint could not be written. Make room and run the same command again.")
     if stopped:
@@ -641,55 +531,89 @@ def claim(run, facts):
     return lock
 
 
-def announce(run, facts, batches, model, max_seq_len, changed):
-    """Refuse a disk too small for the run, record the facts in run.json, and print what will happen."""
+def announce(run, facts, lines, parameters, changed):
+    """Refuse a disk too small for the run, record the facts in run.json, and print what will happen (`lines`)."""
     output_dir, step = Path(run["OUTPUT_DIR"]), facts["step"]
     if step < facts["total_steps"]:
         count = max(1, run["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(output_dir)))
-        checkpoints.check_room(output_dir, sum(p.numel() for p in model.parameters()) * 12 * count)
+        checkpoints.check_room(output_dir, parameters * 12 * count)
     checkpoints.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {step}: {'; '.join(changed)}.")
-    print(describe(batches, run, facts["total_steps"], model, max_seq_len))
+    print(lines)
     print(f"continue   {output_dir}/step_{step:06d}, {step:,} steps done" if step else "start      from the base")
     if step >= facts["total_steps"]:
         print(f"Nothing to do: {step:,} of {facts['total_steps']:,} steps are done.")
     sys.stdout.flush()
 
 
+def make_plan(run, config, lengths, place, limit):
+    """Choose how the run uses its memory, and lay out its first epoch.
+
+    place: (number of ranks, of machines, "cuda" or "cpu"); limit: bytes a rank may use.
+    Returns: (memory_plan.Plan, what step_plan.survey finds, total steps, the lines to print).
+    """
+    world_size, machines, _ = place
+    one_epoch = step_plan.steps_per_epoch(len(lengths), run["SEQUENCES_PER_STEP"])
+    total_steps = run["MAX_STEPS"] or run["EPOCHS"] * one_epoch
+    sizes, dtype = memory_plan.shapes(config), getattr(torch, run["COMPUTE_DTYPE"])
+    plan = memory_plan.choose(config, world_size // machines, dtype, run, int(lengths.max()), limit)
+    costs = step_plan.cost(lengths, sizes.matrices, sizes.attention)
+    steps = min(one_epoch, total_steps)
+    survey = step_plan.survey(lengths, world_size, plan.tokens, costs, run["SEED"], steps, run["SEQUENCES_PER_STEP"])
+    lines = memory_plan.describe(plan, config, run, lengths, survey, total_steps, limit, place)
+    return plan, survey, total_steps, lines
+
+
+def read_config(base_model):
+    """Return the transformers config of the folder `base_model`. Raises: SystemExit if there is none."""
+    try:
+        return AutoConfig.from_pretrained(base_model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(
+            f"{base_model} has no config that transformers can read ({error}). Run resize_vocab.py."
+        ) from None
+
+
 def main(run):
-    """Train as the settings `run` (dict) say."""
+    """Train as the settings `run` (dict) say, or print the plan of it."""
     validate_settings(run)
     transformers.utils.logging.disable_progress_bar()
+    if PLAN_ONLY:
+        config, data = read_config(BASE_MODEL), load_data(DATA_DIR)
+        check_lengths(sequence_lengths(data["train"]), "training", SEQUENCES_PER_STEP, config, TOKENS_PER_MICRO_BATCH)
+        limit = (PLAN_GIB - RESERVED_GIB) * memory_plan.GIB
+        print(make_plan(run, config, sequence_lengths(data["train"]), (PLAN_RANKS, 1, "cuda"), limit)[-1])
+        return
     device, mesh = ranks.join(DEVICE)
     if device.type == "cuda" and COMPUTE_DTYPE == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
     with ranks.Watch(COLLECTIVE_TIMEOUT_SECONDS):
         ranks.at("loading", patient=True)
-        report, fingerprints = agree(DATA_DIR, BASE_MODEL)
-        facts = {
-            "fingerprints": fingerprints,
-            "settings": run,
-            "versions": training_log.versions(),
-            "step": 0,
-            "updates": 0,
-        }
-        facts |= {"world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
+        fingerprints = agree(DATA_DIR, BASE_MODEL)
+        facts = {"fingerprints": fingerprints, "settings": run, "versions": training_log.versions()}
+        facts |= {"step": 0, "updates": 0, "world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
         ranks.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
         lock = ranks.on_rank0(lambda: claim(run, facts))
+        ranks.check_shared(OUTPUT_DIR, checkpoints.LOCK)
 
-        data = load_data(DATA_DIR)
-        model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS, ACTIVATION_CHECKPOINTING)
-        config = model.causal_lm.config
-        batches = Batches(data["train"], config, TOKENS_PER_MICRO_BATCH, device)
-        check_batches(batches, "training", SEQUENCES_PER_STEP, config)
-        held_out = Batches(data["validation"], config, TOKENS_PER_MICRO_BATCH, device) if VALIDATE_EVERY else None
-        if held_out:
-            check_batches(held_out, "validation", 1, config)
-        one_epoch = step_plan.steps_per_epoch(len(batches.lengths), SEQUENCES_PER_STEP)
-        facts["total_steps"] = MAX_STEPS or EPOCHS * one_epoch
+        data, config = load_data(DATA_DIR), read_config(BASE_MODEL)
+        for split, need in (("train", SEQUENCES_PER_STEP), ("validation", 1)):
+            if split == "train" or VALIDATE_EVERY:
+                check_lengths(sequence_lengths(data[split]), split, need, config, TOKENS_PER_MICRO_BATCH)
+        place = (dist.get_world_size(), dist.get_world_size() // mesh.size(-1), device.type)
+        limit = ranks.memory(device) - RESERVED_GIB * memory_plan.GIB
+        lengths = sequence_lengths(data["train"])
+        planned = ranks.on_rank0(lambda: make_plan(run, config, lengths, place, limit))
+        plan, survey, facts["total_steps"], lines = checkpoints.on_every_rank(planned)[0]
+        facts["plan"] = dataclasses.asdict(plan)
 
-        shard(model, mesh, getattr(torch, COMPUTE_DTYPE), MEMORY_POLICY)
+        model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS)
+        prepare_blocks(model, plan.checkpointing, COMPILE)
+        sizes = memory_plan.shapes(config)
+        batches = Batches(data["train"], sizes, plan.tokens, device)
+        held_out = Batches(data["validation"], sizes, plan.tokens, device) if VALIDATE_EVERY else None
+        shard(model, mesh, getattr(torch, COMPUTE_DTYPE), plan.memory_policy)
         optimizer = make_optimizer(model, (ADAM_BETA1, ADAM_BETA2), ADAM_EPS, WEIGHT_DECAY)
         checkpoint = ranks.on_rank0(lambda: choose_checkpoint(OUTPUT_DIR, RESUME))
         changed = []
@@ -698,11 +622,15 @@ def main(run):
             changed = segment(stored, facts)
             told = [{"after_step": stored["step"], "changed": changed}] if changed else []
             facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
-        ranks.agree_on({"step": facts["step"], "training tokens": int(batches.lengths.sum())})
-        ranks.on_rank0(lambda: announce(run, facts, batches, model, report["max_seq_len"], changed))
+        ranks.agree_on({"step": facts["step"], "training tokens": int(lengths.sum())})
+        ranks.on_rank0(lambda: announce(run, facts, lines, sizes.all, changed))
         if facts["step"] < facts["total_steps"]:
+            ranks.at("the largest micro-batch, tried first")
+            largest = micro_batch(list(batches.rows(survey["largest"]).values()))
+            rehearse(model, optimizer, each_tensor(largest, batches.to_device), plan)
             log = training_log.Log(OUTPUT_DIR, facts["step"], facts["total_steps"])
-            train(model, optimizer, batches, held_out, run, facts, log, ranks.Stop(OUTPUT_DIR))
+            look = validation.looker(model, data, held_out, log, run, device)
+            train(model, optimizer, batches, look, run, facts, log, ranks.Stop(OUTPUT_DIR))
             log.close()
     del lock  # held to here
     dist.destroy_process_group()

@@ -28,13 +28,14 @@ def sequences_of_step(sequences, seed, step, sequences_per_step):
     return epoch_order(sequences, seed, epoch)[start : start + sequences_per_step]
 
 
-def cost(tokens, hidden_size, intermediate_size):
-    """Return the relative time of a sequence: linear layers per token plus causal attention per pair of tokens.
+def cost(tokens, matrices, attention):
+    """Return the floating-point operations of a sequence in the blocks, forward and backward.
 
-    Per token and layer a Llama block spends about 2 (3 h^2 + 3 h i) multiply-adds on its matrices (grouped-query
-    attention shrinks two of the four h^2 to a fraction) and, at t tokens, 2 h t / 2 on attention.
+    tokens: int or int64 array; matrices: parameters that each token is multiplied with; attention: layers x heads x
+    head_dim. Two operations per multiply-add; the backward is twice the forward; causal attention needs half of the
+    pairs (Chowdhery et al. 2022, appendix B, counts all of them). Recomputation is not counted.
     """
-    return tokens * (6 * hidden_size * (hidden_size + intermediate_size) + hidden_size * tokens)
+    return tokens * (6 * matrices + 6 * attention * tokens)
 
 
 def pack(indices, lengths, budget):
@@ -76,3 +77,22 @@ def idle_share(plan, costs):
     """Return the share of the ranks' time that waits for the slowest: 1 - sum of cost / (ranks x largest cost)."""
     loads = [sum(costs[i] for bins in rank for i in bins) for rank in plan]
     return 1 - sum(loads) / (len(loads) * max(loads))
+
+
+def survey(lengths, ranks, budget, costs, seed, steps, sequences_per_step):
+    """Lay out the first `steps` steps of a run and look at them.
+
+    Returns: {"micro_batches": mean number per rank and step, "idle_share": mean, "largest": the indices in the
+    micro-batch with the most tokens}.
+    """
+    forwards, idle, largest, most = 0, 0.0, [], 0
+    for step in range(steps):
+        indices = sequences_of_step(len(lengths), seed, step, sequences_per_step).tolist()
+        plan = lay_out(indices, lengths, ranks, budget, costs)
+        forwards += len(plan[0])
+        idle += idle_share(plan, costs)
+        for bins in plan:
+            for micro_batch in bins:
+                if (tokens := sum(lengths[i] for i in micro_batch)) > most:
+                    largest, most = micro_batch, tokens
+    return {"micro_batches": forwards / steps, "idle_share": float(idle / steps), "largest": largest}

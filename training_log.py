@@ -6,8 +6,10 @@ Used by sft_v1.py.
 import json
 import math
 import platform
+import resource
 import statistics
 import subprocess
+import time
 from collections import deque
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 import checkpoints
 
+RECORDS = ("metrics", "skipped", "spikes", "answers")
 SPIKE_WINDOW = 200  # losses that a spike is compared with
 SPIKE_LEAST = 20  # fewer losses say nothing yet
 
@@ -29,7 +32,8 @@ class Log:
     """Writes metrics.jsonl, TensorBoard events, the loss curve and the progress bar, on rank 0; else nothing.
 
     Steps that were skipped stand in skipped.jsonl, those with an outlying loss in spikes.jsonl, with their sequences
-    (indices of the training split). A continued run drops the lines after the step it continues from, in all three.
+    (indices of the training split); answers to the prompts in answers.jsonl. A continued run drops the lines after the
+    step it continues from, in all of them.
     """
 
     def __init__(self, folder, step, total_steps):
@@ -38,7 +42,7 @@ class Log:
         self.warning = ""
         if not self.on:
             return
-        for name in ("metrics", "skipped", "spikes"):
+        for name in RECORDS:
             kept = [line for line in self.read(name) if line["step"] <= step] if step else []
             if kept or self.file(name).exists():
                 checkpoints.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
@@ -101,13 +105,25 @@ class Log:
                 self.say(f"WARNING: {where}; the last losses were {mean:.4f} +- {deviation:.4f}: see spikes.jsonl.")
         self.losses.append(line["loss"])
 
+    def answers(self, step, prompts, texts):
+        """Record and show what the model answers to each prompt at `step`."""
+        if not self.on:
+            return
+        self.append("answers", {"step": step, "answers": dict(zip(prompts, texts, strict=True))})
+        for prompt, text in zip(prompts, texts, strict=True):
+            self.say(f"    {prompt} -> {text!r}")
+        try:
+            self.board.add_text("answers", "\n\n".join(map(": ".join, zip(prompts, texts, strict=True))), step)
+        except OSError as error:
+            self.say(f"WARNING: the answers of step {step} are missing in TensorBoard: {error}")
+
     def warn(self, text):
         """Put `text` on every line from here on; "" ends it."""
         self.warning = text
 
     def sync(self):
         """Put the record on the disk, so that no checkpoint is newer than its metrics after a power cut."""
-        for name in ("metrics", "skipped", "spikes") if self.on else ():
+        for name in RECORDS if self.on else ():
             try:
                 if self.file(name).exists():
                     checkpoints.durable(self.file(name))
@@ -117,7 +133,7 @@ class Log:
     def advance(self, line):
         """Move the bar by one step and show `line`'s loss, learning rate, gradient norm and speed."""
         if self.on:
-            names = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f"}
+            names = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "mfu": ".0%"}
             shown = {name: format(line[name], form) for name, form in names.items()}
             shown |= {"WARNING": self.warning} if self.warning else {}
             self.bar.set_postfix(shown, refresh=False)
@@ -146,6 +162,33 @@ class Log:
             figure.savefig(self.path.with_name("loss.png"), dpi=120)
         except OSError as error:
             print(f"WARNING: loss.png could not be drawn: {error}")
+
+
+# Dense bf16 operations per second with float32 sums, of NVIDIA's data sheets.
+PEAKS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12, "L40S": 362e12}
+PEAKS |= {"H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device, dtype):
+    """Return the most floating-point operations per second of this rank's device: of PEAKS, or else measured here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if known := [peak for card, peak in PEAKS.items() if card in name]:
+            return known[0]
+    size, best = 4096 if device.type == "cuda" else 1024, math.inf
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(5):
+        began = time.perf_counter()
+        (matrix @ matrix).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_gib(device):
+    """Return the most GiB that this rank held so far: of GPU memory in tensors, or of the process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 def versions():

@@ -55,7 +55,7 @@ python resize_vocab.py --base-model $work/base --tokenizer $work/data/tokenizer 
 say "3 sft_v1.py"
 OMP_NUM_THREADS=1 torchrun --nproc-per-node "$ranks" sft_v1.py --data-dir $work/data --base-model $work/resized \
     --output-dir $work/run --epochs "$EPOCHS" --seed "$SEED" --sequences-per-step 8 --learning-rate 3e-4 \
-    --min-learning-rate 2e-5 --warmup-steps 4 --tokens-per-micro-batch 1024 --no-activation-checkpointing \
+    --min-learning-rate 2e-5 --warmup-steps 4 --tokens-per-micro-batch 1024 --activation-checkpointing off \
     --save-every 100 --validate-every 100 --expected-tokens-per-second 200
 
 say "4 export_hf.py"

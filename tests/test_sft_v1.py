@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 import transformers
 
 import checkpoints
+import model as sft_model
 import settings
 import sft_v1
 import training_log
@@ -95,6 +97,8 @@ def command(work, output, ranks, *flags):
         "--warmup-steps": 3,
         "--compute-dtype": "float32",
         "--tokens-per-micro-batch": 256,
+        "--activation-checkpointing": "on",
+        "--prompts": "",
         "--learning-rate": 1e-3,
         "--device": "cpu",
     }
@@ -124,7 +128,8 @@ def trained(work, output, ranks, *flags):
 
 def metrics(work, output):
     """Return metrics.jsonl without what a clock or the layout decides."""
-    timing = ("step_seconds", "tokens_per_second", "micro_batches", "idle_share")
+    timing = ("step_seconds", "tokens_per_second", "trainable_tokens_per_second", "micro_batches", "idle_share")
+    timing += ("data_seconds", "mfu", "peak_gib")
     lines = [json.loads(line) for line in (work / output / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
@@ -146,12 +151,18 @@ def two_ranks(work):
 # ---- Mathematics ----
 
 
+def loaded(base, checkpointing, compile_blocks=False):
+    model = sft_model.load_model(base, 16)
+    sft_model.prepare_blocks(model, checkpointing, compile_blocks)
+    return model
+
+
 def packed_gradients(base, rows, groups):
     """Return (loss, gradients by name) of `rows` in `groups` accumulated micro-batches through SFTModel."""
-    model = sft_v1.load_model(base, 16, True)
+    model = loaded(base, True)
     total = 0.0
     for group in np.array_split(np.arange(len(rows)), groups):
-        loss = model(**sft_v1.micro_batch([rows[i] for i in group], "cpu"))
+        loss = model(**sft_model.micro_batch([rows[i] for i in group]))
         loss.backward()
         total += loss.item()
     return total, {name.removeprefix("causal_lm."): p.grad for name, p in model.named_parameters()}
@@ -189,13 +200,31 @@ def test_gradients_equal_the_padded_reference(tmp_path, config):
             torch.testing.assert_close(gradients[name], p.grad, rtol=2e-5, atol=2e-5 * p.grad.abs().max().item())
 
 
+def test_compiled_blocks_compute_the_same_and_are_compiled_once(work):
+    rows = list(zip(*sequences(12, 515), strict=True))
+    plain, compiled = loaded(work / "base", False), loaded(work / "base", False, compile_blocks=True)
+    pieces = []
+    torch._dynamo.utils.counters.clear()
+    for part in (rows[:4], rows[4:6], rows[6:]):  # other numbers of tokens and documents
+        losses = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            losses.append(model(**sft_model.micro_batch(part)))
+            losses[-1].backward()
+        assert math.isclose(*(loss.item() for loss in losses), rel_tol=1e-5)
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=2e-5, atol=2e-5 * p.grad.abs().max().item(), msg=name)
+        pieces.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert pieces[0] == pieces[-1] > 0  # those of the first block serve all blocks and sizes
+
+
 def test_perturbing_one_sequence_leaves_the_others_loss_unchanged_bit_for_bit(work):
-    model = sft_v1.load_model(work / "base", 16, False)
+    model = loaded(work / "base", False)
     (first, _), (second, mask) = zip(*sequences(2, 515), strict=True)
     nothing = np.zeros(len(first), bool)
-    alone = model(**sft_v1.micro_batch([(second, mask)], "cpu"))
+    alone = model(**sft_model.micro_batch([(second, mask)]))
     losses = [
-        model(**sft_v1.micro_batch([(ids.astype(np.uint16), nothing), (second, mask)], "cpu"))
+        model(**sft_model.micro_batch([(ids.astype(np.uint16), nothing), (second, mask)]))
         for ids in (first, (first + 100) % 515)
     ]
     assert losses[0].item() == losses[1].item()
@@ -204,17 +233,17 @@ def test_perturbing_one_sequence_leaves_the_others_loss_unchanged_bit_for_bit(wo
 
 def test_a_sequences_first_token_is_never_a_target():
     rows = [(np.arange(10, 15), np.ones(5, bool)), (np.arange(20, 23), np.ones(3, bool))]
-    batch = sft_v1.micro_batch(rows, "cpu")
+    batch = sft_model.micro_batch(rows)
     assert batch["targets"].tolist() == [11, 12, 13, 14, 21, 22]
     assert batch["predictors"].tolist() == [0, 1, 2, 3, 5, 6]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
-    assert batch["cumulative_lengths"].tolist() == [0, 5, 8] and batch["document_lengths"] == [5, 3]
+    assert batch["documents"].bounds.tolist() == [0, 5, 8] and batch["documents"].lengths == [5, 3]
 
 
 def test_a_micro_batch_without_targets_gives_a_differentiable_zero(work):
-    model = sft_v1.load_model(work / "base", 16, True)
+    model = loaded(work / "base", True)
     for rows in ([], [(np.arange(9), np.zeros(9, bool))]):
-        loss = model(**sft_v1.micro_batch(rows, "cpu"))
+        loss = model(**sft_model.micro_batch(rows))
         loss.backward()
         assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters())
 
@@ -235,7 +264,7 @@ def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
             return result
 
     with Watch():
-        loss = sft_v1.ChunkedCrossEntropy.apply(hidden, weight, targets, 7, True)
+        loss = sft_model.ChunkedCrossEntropy.apply(hidden, weight, targets, 7, True)
     loss.mul(0.5).backward()
     torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-5)
     assert max(largest) == 7 * 5000
@@ -250,7 +279,7 @@ def test_learning_rate_warms_up_and_ends_at_the_floor():
 
 def test_weight_decay_spares_norms_and_biases(tmp_path):
     base = write_base(tmp_path / "base", tiny_config(transformers.Qwen2Config))
-    model = sft_v1.load_model(base, 16, False)
+    model = loaded(base, False)
     decayed, spared = sft_v1.make_optimizer(model, (0.9, 0.95), 1e-8, 0.01).param_groups
     assert decayed["weight_decay"] == 0.01 and spared["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
@@ -267,7 +296,7 @@ def test_the_loss_falls_and_the_start_up_lines_say_what_will_happen(work, two_ra
     assert [line["step"] for line in lines] == list(range(31))
     assert lines[30]["loss"] < lines[1]["loss"] - 0.5
     assert lines[30]["validation_loss"] < lines[0]["validation_loss"] - 0.5
-    assert "32 sequences = about 1,193 real tokens (padded to 64 each, it would be 2,048 slots" in two_ranks
+    assert "32 sequences = about 1,193 real tokens (padded to 63 each, it would be 2,016 slots" in two_ranks
     assert "30 steps" in two_ranks and "start      from the base" in two_ranks
     assert [path.name for path in checkpoints.listed(work / "two")] == [f"step_0000{n}0" for n in (3, 2, 1)]
     assert (work / "two" / "loss.png").stat().st_size > 10_000
@@ -290,7 +319,17 @@ def test_master_weights_and_moments_are_float32_and_a_tied_weight_is_stored_once
 @pytest.mark.parametrize(
     ("ranks", "flags"),
     [
-        (1, ["--memory-policy", "per_micro_batch", "--no-activation-checkpointing", "--tokens-per-micro-batch", "80"]),
+        (
+            1,
+            [
+                "--memory-policy",
+                "per_micro_batch",
+                "--activation-checkpointing",
+                "off",
+                "--tokens-per-micro-batch",
+                "80",
+            ],
+        ),
         (2, ["--memory-policy", "per_micro_batch", "--tokens-per-micro-batch", "70", "--loss-chunk-tokens", "9"]),
         (3, ["--tokens-per-micro-batch", "4096"]),
     ],
@@ -302,6 +341,75 @@ def test_another_layout_computes_the_same_steps(work, two_ranks, ranks, flags):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             assert math.isclose(value, theirs[name], rel_tol=2e-5), (ours, theirs)
+
+
+COUNT = """
+import collections, json, sys
+import numpy as np, torch, torch.distributed as dist
+import model as sft_model, ranks, sft_v1
+
+class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if "c10d" in name:
+            kind = [k for k in ("all_gather", "allgather", "reduce_scatter", "allreduce") if k in name]
+            seen[kind[0].replace("_", "") if kind else name] += 1
+        return function(*args, **(kwargs or {}))
+
+device, mesh = ranks.join("cpu")
+rng = np.random.default_rng(dist.get_rank())
+batches = [sft_model.micro_batch([(rng.integers(0, 515, 30), np.ones(30, bool))]) for _ in range(8)]
+gradients, counts = {}, {}
+for policy in ("per_step", "per_micro_batch"):
+    model = sft_model.load_model(sys.argv[1], 16)
+    sft_v1.shard(model, mesh, torch.float32, policy)
+    seen = collections.Counter()
+    with Count():
+        for number, batch in enumerate(batches, start=1):
+            sft_v1.forward_backward(model, batch, 1.0, number == 8 or policy == "per_micro_batch")
+    gradients[policy] = [p.grad.full_tensor() for p in model.parameters()]
+    counts[policy] = seen
+same = all(torch.allclose(a, b, rtol=2e-5, atol=2e-5 * float(a.abs().max())) for a, b in zip(*gradients.values()))
+if dist.get_rank() == 0:
+    print("COUNTS", json.dumps(counts | {"same": same}))
+"""
+
+
+def test_each_unit_is_gathered_once_and_reduced_once_in_a_step_of_eight_micro_batches(work, tmp_path):
+    (tmp_path / "count.py").write_text(COUNT)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    line += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", tmp_path / "count.py", work / "base"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(list(map(str, line)), capture_output=True, text=True, env=env, timeout=300)
+    counts = json.loads(result.stdout.partition("COUNTS ")[2])
+    assert counts.pop("same")
+    units = 3  # two blocks and the root
+    assert counts["per_step"] == {"allgather": units, "reducescatter": units}
+    # In each micro-batch the blocks are gathered for the forward and again for the backward.
+    assert counts["per_micro_batch"] == {"allgather": 8 * (2 * units - 1), "reducescatter": 8 * units}
+
+
+def test_two_machines_compute_the_same_steps_and_continue_on_one(work, two_ranks):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        line = command(work, "machines", 2)
+        place = line.index("localhost:0")
+        line[place] = f"localhost:{port}"
+        line[3:3] = ["--nnodes", "2", "--node-rank", str(node), "--rdzv-id", "1"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env))
+    told = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    assert any("4 on cpu, sharded over 2, on 2 machines" in text for text in told)
+    for again in (False, True):
+        for ours, theirs in zip(metrics(work, "machines"), metrics(work, "two"), strict=True):
+            assert all(math.isclose(ours[name], theirs[name], rel_tol=2e-5) for name in theirs), (ours, theirs)
+        if not again:
+            shutil.rmtree(work / "machines" / "step_000030")
+            trained(work, "machines", 1)
 
 
 def go_back(work, output, step):
@@ -476,23 +584,20 @@ def test_a_run_that_learns_nothing_stops(tmp_path):
 
 
 def test_sequences_beyond_the_models_context_are_refused():
-    class Long:
-        lengths, tokens_per_micro_batch = np.array([300]), 4096
-
     for config in (tiny_config(), tiny_config(transformers.MistralConfig, sliding_window=100)):
         with pytest.raises(SystemExit, match=r"300 tokens, the model's context or window is \d+. Run prepare_data.py"):
-            sft_v1.check_batches(Long, "training", 1, config)
+            sft_v1.check_lengths(np.array([300]), "training", 1, config, 4096)
 
 
 def test_a_base_that_does_not_load_is_a_sentence(tmp_path):
     base = write_base(tmp_path / "base", tiny_config())
     (base / "model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(SystemExit, match=r"base does not load .* Run resize_vocab.py"):
-        sft_v1.load_model(base, 16, False)
+        sft_model.load_model(base, 16)
     tensors = {"model.norm.weight": torch.ones(64)}
     safetensors.torch.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit, match=r"lacks \d+ tensors, first"):
-        sft_v1.load_model(base, 16, False)
+        sft_model.load_model(base, 16)
 
 
 def test_without_torchrun_it_says_how_to_start(work):
@@ -514,7 +619,7 @@ def default_settings():
         ("WARMUP_STEPS", -1, "at least 0"),
         ("ADAM_BETA2", 1.0, "below 1"),
         ("MIN_LEARNING_RATE", 1.0, "is above LEARNING_RATE"),
-        ("MEMORY_POLICY", "often", "one of per_step, per_micro_batch"),
+        ("MEMORY_POLICY", "often", "one of auto, per_step, per_micro_batch"),
         ("COMPUTE_DTYPE", "int8", "one of bfloat16, float32"),
     ],
 )
@@ -526,7 +631,7 @@ def test_impossible_settings_are_refused(name, value, sentence):
 
 def test_what_does_not_belong_together_is_refused(work, tmp_path):
     data, base = write_data(tmp_path / "data"), shutil.copytree(work / "base", tmp_path / "base")
-    assert sft_v1.agree(data, base)[1].keys() == {"data", "tokenizer", "base"}
+    assert sft_v1.agree(data, base).keys() == {"data", "tokenizer", "base"}
     with pytest.raises(SystemExit, match=r"none/report.json is missing. Run prepare_data.py"):
         sft_v1.agree(tmp_path / "none", base)
     with pytest.raises(SystemExit, match=r"none/config.json is missing. Run resize_vocab.py"):
@@ -593,4 +698,4 @@ def test_a_sequence_beyond_the_token_budget_is_refused_at_start(work):
 def test_a_model_that_does_more_than_llama_is_refused(tmp_path, config):
     base = write_base(tmp_path / "base", config)
     with pytest.raises(SystemExit, match=r"cannot train this architecture|does more to its logits"):
-        sft_v1.load_model(base, 16, False)
+        sft_model.load_model(base, 16)

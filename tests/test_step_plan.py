@@ -43,7 +43,7 @@ def test_a_layout_holds_each_sequence_once_within_the_budget_on_ranks_of_equal_f
 def test_ranks_wait_less_than_5_percent_on_genesis_lengths(ranks):
     lengths = genesis_lengths(6400)
     assert 680 < lengths.mean() < 750
-    costs = step_plan.cost(lengths, 1536, 4736)
+    costs = step_plan.cost(lengths, matrices=924_844_032, attention=32 * 12 * 128)
     waits = []
     for step in range(200):
         indices = step_plan.sequences_of_step(len(lengths), 42, step, 32)
