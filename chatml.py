@@ -7,11 +7,14 @@ a control token. Used by prepare_data.py.
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+# ==== Facts ====
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
@@ -238,6 +241,7 @@ def laid(bos, turns):
 def self_test(tokenizer, encoder):
     """Compare the encoder with the saved tokenizer's own template on edge contents; return a line that says the result.
 
+    Where ids differ it shows why: a piece of the template's that crosses a newline, else the first place that differs.
     Raises: SystemExit if plain text holds a special token, or if even the generation prompt differs: the model would
     then be asked in other ids than it learnt.
     """
@@ -251,6 +255,7 @@ def self_test(tokenizer, encoder):
     ]
     header = [encoder.start, *encoder.headers["assistant"]]
     equal = masks = 0
+    crossing, unexplained = [], []  # what the template has where ids differ: pieces with a newline and more; others
     for text in contents:
         turns = [("system", "Be brief."), ("user", text), ("assistant", f"<think>\n{text}\n</think>\n\n{text}")]
         turns += [("user", f"{text} again"), ("assistant", text)]
@@ -263,14 +268,22 @@ def self_test(tokenizer, encoder):
         if np.array_equal(ids, made["input_ids"]):
             trainable = encoder.train_special | ~encoder.is_control[ids]
             equal, masks = equal + 1, masks + np.array_equal(mask, np.array(made["assistant_masks"], bool) & trainable)
+        else:
+            more = [tokenizer.decode([place]) for place in Counter(made["input_ids"]) - Counter(ids.tolist())]
+            crossing += (found := [piece for piece in more if "\n" in piece and piece != "\n"])
+            unexplained += [] if found else [(made["input_ids"], ids.tolist())]
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
         if prompt[-len(header) :] != header:
             raise SystemExit(f"self-test: the generation prompt ends in {prompt[-len(header) :]}, trained is {header}.")
     line = f"self-test: of {len(contents)} conversations, {equal} have the saved template's ids, {masks} its masks too"
-    if equal < len(contents):
-        line += (
-            "; this tokenizer's pieces cross newlines, and the generation prompt's ids, which inference sees, go before"
-        )
-    elif masks < equal:
+    if crossing:
+        line += f"; pieces of this tokenizer cross newlines ({crossing[0]!r}), and the generation prompt's ids, which "
+        line += "inference sees, go before"
+    if unexplained:
+        place = next(i for i, pair in enumerate(itertools.zip_longest(*unexplained[0])) if pair[0] != pair[1])
+        theirs, ours = (tokenizer.decode(ids[place : place + 3]) for ids in unexplained[0])
+        line += f"; WARNING: {len(unexplained)} differ although no piece crosses a newline: from token {place} on, the "
+        line += f"template has {theirs!r}, trained is {ours!r}; inference gives earlier turns the template's ids"
+    if masks < equal:
         line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
     return line

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 import chatml
@@ -266,6 +267,31 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=says):
         chatml.self_test(*build(tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "merges", "says"),
+    [
+        (None, [], "6 have the saved template's ids, 6 its masks too"),
+        (
+            None,
+            [("Ċ", "d")],
+            r"5 have .*; pieces of this tokenizer cross newlines \('\\nd'\), and the generation prompt's",
+        ),
+        (normalizers.Strip(), [], r"0 have .* no piece crosses a newline: .* template has '\\nB.*', trained is 'Be "),
+    ],
+)
+def test_the_self_test_says_why_ids_differ(tmp_path, normalizer, merges, says):
+    """A byte-level tokenizer that does not split at newlines, with a merge over one; and one that strips headers."""
+    vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: place for place, piece in enumerate(vocab)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert re.search(says, line := chatml.self_test(*build(tmp_path, tmp_path / "out"))), line
 
 
 def test_a_base_may_name_an_empty_token(bpe_tokenizer_dir, tmp_path):
