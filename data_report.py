@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 def markdown(report):
     """Return report.md: the table of the sources, their rejections and changes, and the evaluation's tasks."""
-    columns = ("read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens")
+    columns = ["read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens"]
+    sources = [line | {"repeat": f"{line['source'].get('repeat', 1)}x"} for line in report["sources"]]
+    if any(line["repeat"] != "1x" for line in sources):
+        columns.insert(3, "repeat")
     total = report["totals"]["trainable_tokens"]
-    lines = [
-        "| source | read | rejected | conversations | sequences | tokens | trainable tokens | trainable | share |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for line in [*report["sources"], {"name": "all", **report["totals"]}]:
-        numbers = " | ".join(f"{line[column]:,}" for column in columns)
+    names = " | ".join(column.replace("_", " ") for column in columns)
+    lines = [f"| source | {names} | trainable | share |", "|---|" + "---:|" * (len(columns) + 2)]
+    for line in [*sources, {"name": "all", "repeat": "", **report["totals"]}]:
+        numbers = " | ".join(line[column] if column == "repeat" else f"{line[column]:,}" for column in columns)
         percent = line["trainable_tokens"] / line["tokens"]
         lines.append(f"| {line['name']} | {numbers} | {percent:.1%} | {line['trainable_tokens'] / total:.1%} |")
     lines += ["", "trainable: share of the source's tokens; share: of all trainable tokens.", ""]

@@ -210,4 +210,7 @@ def main():
 
 if __name__ == "__main__":
     settings.from_flags(globals())
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; nothing was written.") from None

@@ -14,6 +14,7 @@ sources, the base's tokenizer and the settings, not on the number of workers.
 """
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import itertools
@@ -73,7 +74,7 @@ MIXTURE = [  # the sources; as a flag, the path of a JSON file with such a list
      "split": "train", "schema": "query/response", "examples": 50_000, "seed": 42},
 ]
 # fmt: on
-VALIDATION_CONVERSATIONS = 100  # per source, beside its examples; at most a tenth of a source that gives "all"
+VALIDATION_CONVERSATIONS = 100  # per source, beside its examples; of what "all" gives every tenth, up to this number
 # ---- What is rejected, beside rows that cannot be used ----
 DEDUPLICATE = "normalised"  # within and across sources: "normalised" (case, white space, NFKC) | "exact" | "off"
 IDENTITY_PATTERNS = (  # regular expressions (RE2, any letter case) of answers by an assistant that is another model
@@ -92,7 +93,7 @@ DECONTAMINATION_NGRAM = 13  # words in a row shared with a question that reject 
 MAX_SEQ_LEN = 2048  # tokens; the base's context
 OVERFLOW = "split"  # longer conversations: "split" at turn boundaries | "truncate" at the end | "drop"
 TRAIN_ON_SPECIAL_TOKENS = True  # train the closing <|im_end|> and the think markers; without it no model learns to stop
-KEEP_PAST_THINKING = True  # keep <think> blocks of earlier assistant turns, in training and in the template alike
+KEEP_PAST_THINKING = True  # keep <think> blocks of earlier answers; False drops them and trains the bare answers
 # ---- Speed ----
 WORKERS = 0  # processes that read and encode; 0 = one per core
 # ---- A look at the result ----
@@ -100,7 +101,7 @@ SHOW = 0  # print this many finished sequences per source from OUTPUT_DIR and st
 
 # ==== Facts ====
 
-RULES = ("prepare_data.py", "chatml.py", "conversations.py", "decontamination.py")  # what they say, the data depends on
+RULES = ("prepare_data.py", "chatml.py", "conversations.py", "decontamination.py")  # the data depends on their code
 BATCH = 500  # rows of a worker's task: enough for the tokenizer, little to wait for at the end
 HISTOGRAM_BINS = 32  # of sequence lengths, from 0 to MAX_SEQ_LEN
 WORK = None  # in a worker process: the Work it was forked for
@@ -237,7 +238,7 @@ def judge(numbers):
         fate = Fate(number)
         fates.append(fate)
         if unreadable:
-            fate.reason, fate.start = unreadable
+            fate.reason, fate.found, fate.start = unreadable
             continue
         turns, fate.reason = conversations.read_turns(row, WORK.source)
         fate.start = conversations.first_words(turns)
@@ -298,14 +299,16 @@ class Split:
         """Append sequences laid end to end, `repeat` times. lengths: int32 [sequences]; ids, mask: [tokens]."""
         if not len(lengths):
             return
-        lengths, ids, mask = (np.tile(column, self.repeat) for column in (lengths, ids, mask))
         offsets = pa.array(np.cumsum([0, *lengths], dtype=np.int32))
         lists = [pa.ListArray.from_arrays(offsets, pa.array(column)) for column in (ids, mask)]
-        self.stream.write_table(pa.table([*lists, pa.array([self.name] * len(lengths))], schema=self.schema))
-        for digest, column in zip(self.hashes, (lengths, ids, mask), strict=True):
-            digest.update(column)
-        self.counts.update(sequences=len(lengths), tokens=len(ids), trainable_tokens=int(mask.sum()))
-        self.histogram += np.histogram(lengths, self.edges)[0]
+        table = pa.table([*lists, pa.array([self.name] * len(lengths))], schema=self.schema)
+        for _ in range(self.repeat):
+            self.stream.write_table(table)
+            for digest, column in zip(self.hashes, (lengths, ids, mask), strict=True):
+                digest.update(column)
+        counts = {"sequences": len(lengths), "tokens": len(ids), "trainable_tokens": int(mask.sum())}
+        self.counts.update({name: count * self.repeat for name, count in counts.items()})
+        self.histogram += np.histogram(lengths, self.edges)[0] * self.repeat
 
     def close(self):
         """Put the stream on the disk; return the digest of lengths, ids and mask, 64 hex digits."""
@@ -344,8 +347,8 @@ class Seen:
 def files_of(folder, place):
     """Return the Paths of what the source at `place` of the mixture adds to the unfinished `folder`."""
     return {
-        "train": folder / "train" / f"data-{place:05}.arrow",
-        "validation": folder / "validation" / f"data-{place:05}.arrow",
+        "train": folder / "data" / "train" / f"data-{place:05}.arrow",
+        "validation": folder / "data" / "validation" / f"data-{place:05}.arrow",
         "ledger": folder / "progress" / f"{place:05}.jsonl",
         "keys": folder / "progress" / f"{place:05}.npz",
         "done": folder / "progress" / f"{place:05}.json",  # written last: without it the others do not count
@@ -369,9 +372,9 @@ def prepare_source(work, place, files, seen, workers):
     """
     source, run, rows = work.source, work.run, len(work.rows)
     name, wanted, held_out = source["name"], source["examples"], run["VALIDATION_CONVERSATIONS"]
-    if wanted == "all":
-        held_out = min(held_out, rows // 10)
-    goal = rows if wanted == "all" else wanted + held_out
+    goal, every = (
+        (rows, 10) if wanted == "all" else (wanted + held_out, 1)
+    )  # each 10th or 1st kept row may be for validation
     order = np.random.default_rng(source.get("seed", 42)).permutation(rows)
     splits = {
         split: Split(files[split], name, repeat, work.encoder.id_type, run["MAX_SEQ_LEN"])
@@ -391,22 +394,24 @@ def prepare_source(work, place, files, seen, workers):
                     break
                 if not fate.reason and (first := seen.where(fate.key)):
                     fate.reason, fate.found = "duplicate", first
+                line["read"] += 1
                 if fate.reason:
+                    line["rejected"] += 1
                     reasons[fate.reason] += 1
                 else:
-                    homes[index] = "validation" if line["kept"] < held_out else "train"
+                    line.update(kept=1, control_text=fate.control_text)
+                    aside = line["validation_conversations"] < held_out and line["kept"] % every == 0
+                    homes[index] = "validation" if aside else "train"
+                    line["validation_conversations" if aside else "conversations"] += 1
                     changes.update(fate.changes)
                     if fate.key:
                         seen.add(fate.key, place, fate.row)
-                line.update(read=1, kept=not fate.reason, rejected=bool(fate.reason))
-                line.update(control_text=fate.control_text and not fate.reason)
                 for entry in ledger_lines(name, fate):
                     ledger.write(json.dumps(entry) + "\n")
             for split, part in splits.items():
                 taken = np.repeat([home == split for home in homes], [fate.sequences for fate in fates])
                 tokens = np.repeat(taken, lengths)
                 part.write(lengths[taken], ids[tokens], mask[tokens])
-            line.update(conversations=homes.count("train"), validation_conversations=homes.count("validation"))
             bar.update(len(homes) - homes.count(None))
             if line["kept"] == goal:
                 break
@@ -533,16 +538,27 @@ def check_patterns(patterns, what):
 
 
 def build_encoder(run, folder):
-    """Extend the base's tokenizer, save it in `folder`, test it. Returns: (saved and reloaded tokenizer, Encoder)."""
+    """Extend the base's tokenizer, save it in `folder`, test it. Returns: (saved and reloaded tokenizer, Encoder).
+
+    Raises: SystemExit if the base's tokenizer.json is missing or damaged.
+    """
     rules = run["TRAIN_ON_SPECIAL_TOKENS"], run["KEEP_PAST_THINKING"]
-    tokenizer, adds_bos = chatml.extend_tokenizer(run["BASE_TOKENIZER"], *rules)
-    tokenizer.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # what others will load
-    encoder = chatml.Encoder(tokenizer, adds_bos, *rules)
+    try:
+        tokenizer, adds_bos = chatml.extend_tokenizer(run["BASE_TOKENIZER"], *rules)
+        tokenizer.save_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # what others will load
+        encoder = chatml.Encoder(tokenizer, adds_bos, *rules)
+        result = chatml.self_test(tokenizer, encoder)
+    except (SystemExit, KeyboardInterrupt, OSError):
+        raise
+    except BaseException as error:  # the tokenizers library raises plain Exception, and panics, which are none
+        raise SystemExit(
+            f"{run['BASE_TOKENIZER']}: its tokenizer.json is damaged ({type(error).__name__}: {error}). Get it again."
+        ) from None
     tokens = chatml.CHATML + chatml.THINK
     placed = ", ".join(f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in tokens)
     print(f"tokenizer: {len(tokenizer):,} tokens; {placed}; {'begins with' if adds_bos else 'no'} BOS")
-    print(chatml.self_test(tokenizer, encoder))
+    print(result)
     return tokenizer, encoder
 
 
@@ -555,30 +571,43 @@ def find_overlap(run, path):
         return None
     flags = {"--tasks": ",".join(run["DECONTAMINATE_AGAINST"]), "--include-path": run["TASKS_INCLUDE_PATH"]}
     flags |= {"--ngram": str(run["DECONTAMINATION_NGRAM"]), "--output": str(path)}
-    done = subprocess.run([sys.executable, decontamination.__file__, *itertools.chain.from_iterable(flags.items())])
+    libc = ctypes.CDLL(None)
+
+    def tie():  # the child ends when this process is killed, and leaves Ctrl-C to it
+        libc.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    command = [sys.executable, decontamination.__file__, *itertools.chain.from_iterable(flags.items())]
+    done = subprocess.run(command, preexec_fn=tie)
+    if done.returncode < 0:
+        raise SystemExit(
+            f"Reading the evaluation's questions was ended by signal {-done.returncode}, mostly for want of memory. "
+            'Free it, or go on without them: --decontaminate-against "" (the comparison before/after then proves less).'
+        )
     if done.returncode:
         raise SystemExit(done.returncode)  # it has said why
     return decontamination.Overlap(path)
 
 
 def prepare(run, sources, folder, staging):
-    """Write everything into `staging`, source by source; return the report. folder: where the sources' paths start.
+    """Write everything into `staging`/data, source by source; return the report. folder: where relative paths start.
 
-    A source that an earlier run finished there from the same facts is left as it is. The facts of a source are a chain:
-    its own and those of the sources before it, whose conversations it must not repeat.
+    A source that an earlier run finished there from the same facts (`staging`/progress) is left as it is. The facts of
+    a source are a chain: its own and those of the sources before it, whose conversations it must not repeat.
     Raises: SystemExit with the source that is wrong, OSError if the disk is full.
     """
-    for part in ("tokenizer", "train", "validation", "progress"):
-        (staging / part).mkdir(exist_ok=True)
-    tokenizer, encoder = build_encoder(run, staging / "tokenizer")
+    data = staging / "data"
+    for part in (data / "tokenizer", data / "train", data / "validation", staging / "progress"):
+        part.mkdir(parents=True, exist_ok=True)
+    tokenizer, encoder = build_encoder(run, data / "tokenizer")
     found = [conversations.find_source(source, folder) for source in sources]
     overlap = find_overlap(run, ngrams := staging / "progress" / "evaluation.npz")
     elsewhere = ("OUTPUT_DIR", "BASE_TOKENIZER", "MIXTURE", "WORKERS", "SHOW")  # what the bytes do not depend on
     versions = {m.__name__: m.__version__ for m in (np, tokenizers, transformers, datasets)}
     chain = [
-        [checkpoints.sha256(Path(__file__).with_name(name)) for name in RULES],
+        [Path(__file__).with_name(name).read_text(encoding="utf-8").partition("\n# ====")[2] for name in RULES],
         {name: value for name, value in run.items() if name not in elsewhere},
-        [versions, checkpoints.folder_digest(staging / "tokenizer", "*"), overlap and checkpoints.sha256(ngrams)],
+        [versions, checkpoints.folder_digest(data / "tokenizer", "*"), overlap and checkpoints.sha256(ngrams)],
     ]
     workers = run["WORKERS"] or len(os.sched_getaffinity(0))
     seen, lines = Seen([source["name"] for source in sources]), []
@@ -596,7 +625,7 @@ def prepare(run, sources, folder, staging):
                 for path in files.values():  # a full disk stays usable
                     path.unlink(missing_ok=True)
                 raise
-            line["revision"] = facts["revision"]
+            line |= {"source": source, "revision": facts["revision"]}
             sizes = {name: path.stat().st_size for name, path in files.items() if name != "done"}
             checkpoints.write_whole(files["done"], json.dumps({"chain": chain, "bytes": sizes, "line": line}))
         lines.append(line)
@@ -604,17 +633,21 @@ def prepare(run, sources, folder, staging):
         split: hashlib.sha256("".join(line["digest"][split] for line in lines).encode()).hexdigest()
         for split in ("train", "validation")
     }
+    current = {path for place in range(len(sources)) for path in files_of(staging, place).values()}
+    for path in {*data.glob("*/data-*.arrow"), *staging.glob("progress/[0-9]*")} - current:
+        path.unlink()  # of an earlier mixture with more sources
     for split in digest:
         schema = pa.ipc.open_stream(files[split]).schema
-        dataset_metadata(staging / split, len(sources), schema, digest[split])
-    (staging / "dataset_dict.json").write_text(json.dumps({"splits": list(digest)}) + "\n", encoding="utf-8")
-    with (staging / "rejected.jsonl").open("wb") as ledger:
+        dataset_metadata(data / split, len(sources), schema, digest[split])
+    (data / "dataset_dict.json").write_text(json.dumps({"splits": list(digest)}) + "\n", encoding="utf-8")
+    with (data / "rejected.jsonl").open("wb") as ledger:
         for place in range(len(sources)):
-            ledger.write(files_of(staging, place)["ledger"].read_bytes())
+            with files_of(staging, place)["ledger"].open("rb") as part:
+                shutil.copyfileobj(part, ledger)
     report = {
         "settings": run,
         "versions": {"python": platform.python_version()} | versions,
-        "tokenizer_sha256": checkpoints.sha256(staging / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": checkpoints.sha256(data / "tokenizer" / "tokenizer.json"),
         "base_tokenizer": run["BASE_TOKENIZER"],
         "base_vocab_size": Tokenizer.from_file(str(Path(run["BASE_TOKENIZER"]) / "tokenizer.json")).get_vocab_size(),
         "vocab_size": len(tokenizer),
@@ -624,11 +657,11 @@ def prepare(run, sources, folder, staging):
         "totals": {key: sum(line[key] for line in lines) for key, value in lines[0].items() if isinstance(value, int)},
         "evaluation": overlap.counts if overlap else [],
     }
-    (staging / "report.md").write_text(data_report.markdown(report), encoding="utf-8")
-    data_report.draw(report, staging / "report.png")
-    loaded = datasets.load_from_disk(str(staging))
+    (data / "report.md").write_text(data_report.markdown(report), encoding="utf-8")
+    data_report.draw(report, data / "report.png")
+    loaded = datasets.load_from_disk(str(data))
     assert len(loaded["train"]) == report["totals"]["sequences"]
-    checkpoints.write_whole(staging / "report.json", json.dumps(report, indent=1) + "\n")
+    checkpoints.write_whole(data / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -651,16 +684,16 @@ def main(run):
                 report = prepare(run, sources, folder, staging)
                 if output.exists():
                     output.rmdir()
-                (staging / checkpoints.LOCK).unlink()
-                staging.rename(output)
-                shutil.rmtree(output / "progress")
+                (staging / "data").rename(output)
+                shutil.rmtree(staging, ignore_errors=True)
             finally:
                 if not any((staging / "progress").glob("*.json")):  # nothing is finished: nothing to keep
                     shutil.rmtree(staging, ignore_errors=True)
     except BrokenProcessPool:
         raise SystemExit(f"A worker process was killed, mostly for want of memory: lower WORKERS. {later}") from None
     except OSError as error:
-        raise SystemExit(f"{output} cannot be written ({error}). Free disk space. {later}") from None
+        remedy = "Free disk space." if error.errno in conversations.FULL else "Check the folder and your rights to it."
+        raise SystemExit(f"{output} cannot be written ({error}). {remedy} {later}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped. {later}") from None
     seconds, digest = time.perf_counter() - started, {split: text[:16] for split, text in report["digest"].items()}

@@ -72,7 +72,7 @@ def test_truncate_and_drop(bpe):
 # ---- Whole runs ----
 
 
-def run(tmp_path, mixture, base, *flags, output="out"):
+def run(tmp_path, mixture, base, *flags, output="out", suite=ROOT):
     """Write the mixture (sources with "rows" inline) and run the script on it, as `python prepare_data.py` does.
 
     In this process: another one costs 4 seconds of imports. Returns: CompletedProcess (returncode, stdout, stderr).
@@ -89,7 +89,7 @@ def run(tmp_path, mixture, base, *flags, output="out"):
         sources.append({"schema": "messages", "examples": "all"} | source)
     if mixture:
         (tmp_path / "mixture.json").write_text(json.dumps(sources))
-    command = [ROOT / "prepare_data.py", "--mixture", tmp_path / "mixture.json"]
+    command = [suite / "prepare_data.py", "--mixture", tmp_path / "mixture.json"]
     command += ["--base-tokenizer", base, "--output-dir", tmp_path / output, "--max-seq-len", "256"]
     command += ["--decontaminate-against", "", *flags]
     command, out, err, code = [str(part) for part in command], io.StringIO(), io.StringIO(), 0
@@ -188,6 +188,8 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
     assert array["changes"]["empty system turn left out"] == 20 and array["changes"]["white space trimmed"] == 20
     assert pairs["conversations"] == 1100 and pairs["validation_conversations"] == 4
     assert prompts["reasons"] == {"excluded: kind is bad": 1}
+    assert odd["validation_conversations"] == 3 and odd["kept"] == 32  # a tenth of what is kept, not of what is read
+    assert prompts["source"]["repeat"] == 2 and prompts["source"]["exclude"] == {"kind": ["bad"]}
     assert prompts["conversations"] == 18 and prompts["sequences"] == 36 and prompts["validation_conversations"] == 2
     ledger = ledger_of(folder / "out")
     for source in report["sources"]:
@@ -196,10 +198,13 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
         lines = [line for line in ledger if line["source"] == source["name"]]
         assert source["rejected"] == sum(line["fate"] == "rejected" for line in lines)
         assert source["sequences"] == sum(source["lengths"])
+    row = next(line for line in ledger if line["reason"] == "excluded: kind is bad")
+    assert row["row"] == 20 and row["start"] == "20"
     row = next(line for line in ledger if line["reason"] == "unknown role")
     assert row["row"] == 30 + list(ODD).index("unknown role") and row["start"] == "x"
     found = {line["reason"]: line["found"] for line in ledger if "found" in line}
     assert found.pop("duplicate") in ("odd row 0", f"odd row {30 + list(ODD).index('duplicate')}")  # the first drawn
+    assert found.pop("truncated file").startswith("byte ")
     assert found == {"another model's identity": "developed by OpenAI"}
     changed = {line["reason"]: line["start"] for line in ledger if line["fate"] == "changed"}
     assert changed["unanswered last user turn left out"] == "a"
@@ -207,6 +212,7 @@ def test_every_row_has_a_fate_and_the_report_adds_up(prepared):
     assert report["base_vocab_size"] == 49_152 and report["vocab_size"] == 49_156
     assert report["totals"]["tokens"] == sum(source["tokens"] for source in report["sources"])
     assert "| odd | 50 | 18 |" in stdout and (folder / "out" / "report.md").read_text() in stdout
+    assert "| conversations | repeat | sequences |" in stdout and "| 18 | 2x | 36 |" in stdout
 
 
 def test_the_folder_is_what_others_load(prepared):
@@ -223,6 +229,10 @@ def test_the_folder_is_what_others_load(prepared):
     assert sum(map(len, data["train"]["input_ids"])) == report["totals"]["tokens"]
     assert sum(map(sum, data["train"]["assistant_masks"])) == report["totals"]["trainable_tokens"]
     assert not any(mask[0] for mask in data["train"]["assistant_masks"])
+    with pa.OSFile(str(folder / "out" / "train" / "data-00003.arrow")) as file:  # repeated on disk, not in memory
+        assert [batch.num_rows for batch in pa.ipc.open_stream(file)] == [18, 18]
+    repeated = data["train"][-36:]["input_ids"]
+    assert repeated[:18] == repeated[18:] and len(set(map(tuple, repeated))) == 18
     tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "tokenizer")
     assert len(tokenizer) == report["vocab_size"] == 49_156
     held_out, trained = (
@@ -363,7 +373,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes_and_repeats_no_finishe
     whole = subprocess.run(command_of(tmp_path, bpe_tokenizer_dir, "whole"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     unfinished = tmp_path / "out.unfinished"
-    for marker in ("tokenizer/tokenizer.json", "progress/00000.json", "train/data-00001.arrow", "progress/00002.json"):
+    markers = ("data/tokenizer/tokenizer.json", "progress/00000.json", "data/train/data-00001.arrow")
+    for marker in (*markers, "progress/00002.json"):
         process = subprocess.Popen(command_of(tmp_path, bpe_tokenizer_dir, "out"), stderr=subprocess.DEVNULL)
         wait_for(unfinished / marker, process)
         process.kill()
@@ -376,6 +387,44 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes_and_repeats_no_finishe
         assert again.stdout.count("finished by an earlier run") == len(done) >= 2
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     assert report_of(tmp_path / "out")["digest"] == report_of(tmp_path / "whole")["digest"]
+
+
+def test_a_kill_after_the_last_rename_leaves_a_clean_folder(tmp_path, bpe_tokenizer_dir, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for output in ("whole", "cut"):
+        assert run(tmp_path, [{"name": "s", "rows": ROWS}], bpe_tokenizer_dir, output=output).returncode in (0, 1)
+        monkeypatch.setattr("shutil.rmtree", killed)
+    assert (tmp_path / "cut.unfinished").exists() and bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+    monkeypatch.undo()
+    (tmp_path / "cut").rename(tmp_path / "moved")
+    assert run(tmp_path, None, bpe_tokenizer_dir, output="cut").returncode == 0
+    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole") and not (tmp_path / "cut.unfinished").exists()
+
+
+def test_a_mixture_that_shrank_leaves_nothing_of_its_old_sources(three, tmp_path, bpe_tokenizer_dir):
+    three(three={"examples": 1000})
+    assert run(tmp_path, None, bpe_tokenizer_dir).returncode == 1
+    (tmp_path / "mixture.json").write_text(json.dumps(json.loads((tmp_path / "mixture.json").read_text())[:1]))
+    result = run(tmp_path, None, bpe_tokenizer_dir)
+    assert result.returncode == 0 and result.stdout.count("finished by an earlier run") == 1
+    files = [path.name for split in ("train", "validation") for path in sorted((tmp_path / "out" / split).iterdir())]
+    assert files == ["data-00000.arrow", "dataset_info.json", "state.json"] * 2
+
+
+def test_an_edited_setting_in_the_file_repeats_nothing_and_an_edited_rule_everything(
+    three, tmp_path, bpe_tokenizer_dir
+):
+    for name in prepare_data.RULES:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    script, rules = tmp_path / "prepare_data.py", tmp_path / "conversations.py"
+    three(three={"examples": 1000})
+    assert run(tmp_path, None, bpe_tokenizer_dir, suite=tmp_path).returncode == 1
+    script.write_text(script.read_text().replace("\nWORKERS = 0", "\nWORKERS = 1").replace("10_000", "20_000"))
+    assert run(tmp_path, None, bpe_tokenizer_dir, suite=tmp_path).stdout.count("finished by an earlier run") == 2
+    rules.write_text(rules.read_text().replace('"bard": "assistant"', '"bard": "user"'))
+    assert "finished by an earlier run" not in run(tmp_path, None, bpe_tokenizer_dir, suite=tmp_path).stdout
 
 
 def test_what_changed_is_made_anew_and_nothing_else(three, tmp_path, bpe_tokenizer_dir):
@@ -400,12 +449,16 @@ def test_what_changed_is_made_anew_and_nothing_else(three, tmp_path, bpe_tokeniz
 
 
 def test_a_second_run_into_one_folder_and_a_killed_worker_are_a_sentence(three, tmp_path, bpe_tokenizer_dir):
+    rows = [chat(f"two asks {n}", f"answer {n} " * 40) for n in range(8000)]  # not over before it is stopped
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first = subprocess.Popen(command_of(tmp_path, bpe_tokenizer_dir, "out"), stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "out.unfinished" / "train" / "data-00001.arrow", first)
+    wait_for(tmp_path / "out.unfinished" / "data" / "train" / "data-00001.arrow", first)
+    children = Path("/proc") / str(first.pid) / "task" / str(first.pid) / "children"
+    while len(children.read_text().split()) < 2:
+        time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command_of(tmp_path, bpe_tokenizer_dir, "out"), capture_output=True, text=True)
-    workers = (Path("/proc") / str(first.pid) / "task" / str(first.pid) / "children").read_text().split()
-    for worker in workers:
+    for worker in children.read_text().split():
         os.kill(int(worker), signal.SIGKILL)
     first.send_signal(signal.SIGCONT)
     _, said = first.communicate()
@@ -416,7 +469,7 @@ def test_a_second_run_into_one_folder_and_a_killed_worker_are_a_sentence(three, 
 
 def test_workers_end_when_their_parent_is_killed(three, tmp_path, bpe_tokenizer_dir):
     process = subprocess.Popen(command_of(tmp_path, bpe_tokenizer_dir, "out"), stderr=subprocess.DEVNULL)
-    wait_for(tmp_path / "out.unfinished" / "train" / "data-00001.arrow", process)
+    wait_for(tmp_path / "out.unfinished" / "data" / "train" / "data-00001.arrow", process)
     workers = (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children").read_text().split()
     process.kill()
     process.wait()
@@ -427,9 +480,59 @@ def test_workers_end_when_their_parent_is_killed(three, tmp_path, bpe_tokenizer_
     raise AssertionError("a worker outlived its parent")
 
 
+def test_what_reads_the_evaluation_ends_with_its_parent_and_leaves_ctrl_c_to_it(three, tmp_path, bpe_tokenizer_dir):
+    flags = ["--decontaminate-against", "demo_persona", "--tasks-include-path", str(ROOT / "demo" / "tasks")]
+    started = []
+    for output in ("killed", "stopped"):
+        command = command_of(tmp_path, bpe_tokenizer_dir, output, *flags)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+        children = Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children"
+        started.append((process, children))
+    (killed, reader), (stopped, other) = started
+    for process, children in started:
+        while process.poll() is None and not children.read_text():
+            time.sleep(0.01)
+    reader, other = (Path("/proc") / children.read_text().split()[0] for children in (reader, other))
+    for child in (reader, other):
+        while b"decontamination.py" not in (child / "cmdline").read_bytes():  # else still a copy of its parent
+            time.sleep(0.01)
+        os.kill(int(child.name), signal.SIGSTOP)  # so that it cannot end by itself
+    killed.kill()
+    os.killpg(stopped.pid, signal.SIGINT)
+    try:  # standard error ends with the last process that has it
+        _, said = stopped.communicate(timeout=30)
+        killed.communicate(timeout=30)
+    finally:
+        for child in (reader, other):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child.name), signal.SIGKILL)
+    assert stopped.returncode == 1 and said.startswith("Stopped. Finished sources") and said.count("\n") == 1, said
+
+
 # ---- Refusals ----
 
 ROWS = [chat(f"a{n}", "b") for n in range(20)]
+
+
+def test_all_holds_out_a_tenth_of_what_is_kept(tmp_path, bpe_tokenizer_dir):
+    """Of 1,000 rows 25 can be used: a tenth of what is read would hold out all of them."""
+    rows = [*[chat(f"a{n}", "b") for n in range(25)], *[chat("a")] * 975]
+    result = run(tmp_path, [{"name": "s", "rows": rows}], bpe_tokenizer_dir)
+    assert result.returncode == 0, result.stderr
+    [line] = report_of(tmp_path / "out")["sources"]
+    assert line["conversations"] == 23 and line["validation_conversations"] == 2
+
+
+def test_a_column_to_exclude_by_that_no_row_has_is_refused(tmp_path, bpe_tokenizer_dir):
+    rows = [row | ({"sauce": "x"} if number == 19 else {}) for number, row in enumerate(ROWS)]
+    result = run(tmp_path, [{"name": "s", "rows": rows, "exclude": {"source": ["x"]}}], bpe_tokenizer_dir)
+    assert result.returncode == 1 and "has 'source', a column of its \"exclude\"" in result.stderr
+    rows[0] = chat("", "b")
+    rows[0]["messages"].insert(0, {"role": "system", "content": " "})
+    rows[1] = {"messages": [{"role": "system", "content": ""}, {"role": "wizard", "content": "words"}]}
+    result = run(tmp_path, [{"name": "s", "rows": rows, "exclude": {"sauce": ["x"]}}], bpe_tokenizer_dir)
+    lines = {line["row"]: (line["reason"], line["start"]) for line in ledger_of(tmp_path / "out")}
+    assert lines == {0: ("empty user turn", "b"), 1: ("unknown role", "words"), 19: ("excluded: sauce is x", "a19")}
 
 
 @pytest.mark.parametrize(
@@ -462,12 +565,14 @@ def test_wrong_files_are_a_sentence(tmp_path, bpe_tokenizer_dir):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "text.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "unreadable.jsonl").symlink_to("/proc/self/mem")
     for path, sentence in [
         ("none.jsonl", "no file"),
         ("x" * 300 + ".jsonl", "no file"),
+        ("unreadable.jsonl", "s: unreadable.jsonl cannot be read (OSError: [Errno 5] Input/output error). Check that"),
         ("object.json", "expected a JSON array of rows, found '{\"a\": 1}'"),
         ("text.parquet", "has no column messages; it has text"),
-        ("broken.parquet", "cannot be read"),
+        ("broken.parquet", "not a parquet file.). Check that the file is whole and that you may read it."),
         ("notes.txt", "is no .jsonl, .json or .parquet file"),
     ]:
         result = run(tmp_path, [{"name": "s", "path": path}], bpe_tokenizer_dir)
@@ -543,6 +648,15 @@ def test_a_full_folder_a_missing_tokenizer_and_a_missing_mixture_are_refused(tmp
     ]:
         result = run(tmp_path, [{"name": "s", "rows": ROWS}], bpe_tokenizer_dir, *flags, output="fresh")
         assert result.returncode == 1 and sentence in result.stderr
+    (tmp_path / "base").mkdir()
+    state = json.loads((bpe_tokenizer_dir / "tokenizer.json").read_text())
+    whole = [{"Sequence": {"id": "A", "type_id": 0}}]  # the library panics at a token that is named but not there
+    more = {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, *whole], "pair": whole, "special_tokens": {}}
+    state["post_processor"] = {"type": "TemplateProcessing", **more}
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>"}')
+    result = run(tmp_path, [{"name": "s", "rows": ROWS}], tmp_path / "base", output="fresh")
+    assert result.returncode == 1 and "base: its tokenizer.json is damaged (PanicException: no entry" in result.stderr
 
 
 def test_a_disk_that_fills_up_is_a_sentence_and_keeps_what_was_finished(tmp_path, bpe_tokenizer_dir):
@@ -556,7 +670,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_keeps_what_was_finished(tmp_path
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert result.returncode == 1 and "out cannot be written" in result.stderr and "Free disk" in result.stderr
         assert not (tmp_path / "out").exists() and (tmp_path / "out.unfinished").exists() == bool(kept)
-        assert [path.name for path in (tmp_path / "out.unfinished" / "train").glob("*")] == kept
+        assert [path.name for path in (tmp_path / "out.unfinished" / "data" / "train").glob("*")] == kept
     result = run(tmp_path, None, bpe_tokenizer_dir)
     assert result.returncode == 0 and result.stdout.count("finished by an earlier run") == 1
     (tmp_path / "file").write_text("precious")
@@ -565,21 +679,103 @@ def test_a_disk_that_fills_up_is_a_sentence_and_keeps_what_was_finished(tmp_path
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_json_arrays_are_read_in_a_stream_whatever_the_chunk(tmp_path):
-    rows = [{"a": "x" * n, "b": [n, {"c": "]},"}]} for n in range(50)] + [7, 1234567, "é\u2028", None]
+def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pq.write_table(
+        pa.table({"query": [os.urandom(1000).hex()] * 9000, "response": ["r"] * 9000}), tmp_path / "a.parquet"
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(SystemExit, match=r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"):
+            conversations.find_source({"name": "s", "path": "a.parquet", "schema": "query/response"}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# ---- JSON arrays ----
+
+NESTED = [{"a": "x" * n, "b": [n, {"c": "]},"}]} for n in range(50)] + [7, 1234567, "é\u2028\\", None]
+
+
+def elements(path, chunk=64):
+    """Return (the bytes of each element that array_spans finds in the file, which of them are broken and why)."""
+    data, (spans, broken) = path.read_bytes(), conversations.array_spans(path, chunk)
+    return [data[begin:end] for begin, end in zip(spans[::2], spans[1::2], strict=True)], broken
+
+
+@pytest.mark.parametrize("ascii", [True, False])
+def test_json_arrays_are_read_in_a_stream_whatever_the_chunk(tmp_path, ascii):
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
-    data = path.read_bytes()
-
-    def elements(chunk):
-        spans = conversations.array_spans(path, chunk)
-        return [data[begin:end] for begin, end in zip(spans[::2], spans[1::2], strict=True)]
-
+    path.write_text(json.dumps(NESTED, ensure_ascii=ascii, indent=1))
     for chunk in (1, 2, 7, 1000, 1 << 20):
-        assert [json.loads(element) for element in elements(chunk)] == rows
-    data = data[:-100]
-    path.write_bytes(data)
-    *whole, cut_off = elements(64)
-    assert [json.loads(element) for element in whole] == rows[: len(whole)] and len(whole) > 45
-    with pytest.raises(ValueError):
-        json.loads(cut_off)
+        found, broken = elements(path, chunk)
+        assert [json.loads(element) for element in found] == NESTED and not broken
+
+
+def test_json_arrays_that_are_cut_off_keep_what_is_whole(tmp_path, capsys):
+    path, data = tmp_path / "rows.json", json.dumps(NESTED[:50]).encode()
+    for size in range(len(data) - 200, len(data)):
+        path.write_bytes(data[:size])
+        found, broken = elements(path)
+        whole = [json.loads(element) for element in found[:-1]]
+        assert whole == NESTED[: len(whole)] and len(whole) > 46
+        assert [reason for reason, _ in broken.values()] == ["truncated file"] and list(broken) == [len(whole)]
+        assert f"They count as 1 of its {len(found)} rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda row: row.replace(b'"c":', b'"c"!', 1), "Expecting ':' delimiter"),
+        (lambda row: row[:-1], "Expecting property name enclosed in double quotes"),
+        (lambda row: row.replace(b'"', b"", 1), "Expecting property name enclosed in double quotes"),
+        (lambda row: row.replace(b"x", b'x"', 1), "Expecting ',' delimiter"),
+        (lambda row: row.replace(b"x", b"\n", 1), "Invalid control character at"),
+        (lambda row: row.replace(b"x", b"\\x", 1), "Invalid \\escape"),
+        (lambda row: row.replace(b"[", b"[" * 5000, 1), "recursion"),
+        (lambda row: row.replace(b"[", b"[%b, " % (b"9" * 5000), 1), "Exceeds the limit"),
+        (lambda row: row + b"]", "text behind the array's end"),
+        (lambda row: row[:-2], "Expecting ',' delimiter"),
+    ],
+)
+def test_damage_in_a_json_array_costs_its_own_row(tmp_path, capsys, damage, says):
+    path, lines = tmp_path / "rows.json", [json.dumps(row).encode() for row in NESTED[:50]]
+    lines[7] = damage(lines[7])
+    path.write_bytes(b"[" + b", ".join(lines) + b"]")
+    for chunk in (64, 1 << 18):
+        found, broken = elements(path, chunk)
+        [(number, (reason, what))] = broken.items()
+        assert number == 7 + (says == "text behind the array's end") and reason == "row is not valid JSON"
+        place = int(what.removeprefix("byte ").partition(":")[0])
+        assert says in what and path.read_bytes().index(lines[7]) <= place
+        assert [json.loads(element) for i, element in enumerate(found) if i not in broken] == (
+            NESTED[:7] + NESTED[8 - (number == 8) : 50]
+        )
+        assert f"{len(found[number]):,} of its {path.stat().st_size:,} bytes" in capsys.readouterr().err
+    rows = conversations.JsonRows(path)
+    assert rows.take([number]) == [(None, (reason, what, found[number][:80].decode()))]
+
+
+def test_damage_in_a_json_array_is_not_read_to_the_files_end(tmp_path, monkeypatch):
+    """Where no row begins as the first did, the rest is lost: told so, and neither held in memory nor read for it."""
+    monkeypatch.setattr(conversations, "LONGEST_ROW", 10_000)
+    path = tmp_path / "rows.json"
+    asked, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, begin: asked.append(size) or pread(file, size, begin))
+    for damage, reason in (("{!", "row is not valid JSON"), ('{"a": "', "longer than a million characters")):
+        path.write_text('[{"a": 1}, ' + damage + "x" * 1_000_000)
+        rows = conversations.JsonRows(path)
+        assert len(rows) == 2
+        [(row, (told, _, start))] = rows.take([1])
+        assert row is None and told == reason and start.startswith(damage)
+    assert asked == [80, 80]
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n")
+    rows = conversations.JsonRows(path)
+    os.close(rows.file.fileno())
+    with pytest.raises(SystemExit, match=r"rows.jsonl cannot be read at byte 0 \(\[Errno 9\] Bad file descriptor\)"):
+        rows.take([0])
