@@ -1,4 +1,4 @@
-"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one; and the same care for other folders.
+"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
@@ -6,9 +6,6 @@ run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other
 resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest is verified.
 """
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
@@ -17,76 +14,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+
+import files
 
 MANIFEST = "manifest.json"
 STAGING = "staging_"
-LOCK = ".lock"
-
-
-def sha256(path):
-    """Return the SHA-256 of the file `path` as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path, made_by):
-    """Return the JSON object in the file `path`. Raises: SystemExit naming the script that makes it."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SystemExit(f"{path} is missing. Run {made_by} first, or name its folder with the flag.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is not readable JSON ({error}). Run {made_by} again.") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run {made_by} again.")
-    return value
-
-
-def write_whole(path, text):
-    """Replace the file `path` by `text` in one step: a kill or a full disk leaves the old one."""
-    path = Path(path)
-    staging = path.with_name(f"{path.name}.unfinished")
-    staging.write_text(text, encoding="utf-8")
-    durable(staging)
-    staging.replace(path)
-
-
-def refuse_unless_empty(output):
-    """Raise SystemExit if the path `output` already holds something."""
-    output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SystemExit(f"{output} is not empty. Move it away, or name another --output-dir.")
-
-
-@contextlib.contextmanager
-def staged(output):
-    """Give an empty folder beside `output` that gets its name at the end of the block, or is removed if that fails.
-
-    Raises: SystemExit if `output` already holds something or the disk is full.
-    """
-    refuse_unless_empty(output)
-    output = Path(output)
-    staging = output.with_name(f"{output.name}.unfinished")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        if output.exists():
-            output.rmdir()
-        staging.rename(output)
-    except (OSError, SafetensorError) as error:
-        raise SystemExit(
-            f"{output} cannot be written ({error}). Free disk space, or name another --output-dir; nothing was kept."
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
-
-
-def folder_digest(folder, pattern):
-    """Return one SHA-256 over the names and contents of the files in `folder` that match the glob `pattern`."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(Path(folder).glob(pattern))]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def on_every_rank(value):
@@ -111,15 +43,6 @@ def together(action):
     return result
 
 
-def durable(path):
-    """Ask the operating system to put the file or folder `path` on the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save(folder, step, state, facts, keep):
     """Write the checkpoint of `step` into `folder` and delete all but the newest `keep`. All ranks call it.
 
@@ -141,13 +64,13 @@ def save(folder, step, state, facts, keep):
     def finish():
         if rank0:
             (staging / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            entries = {path.name: [path.stat().st_size, sha256(path)] for path in sorted(staging.iterdir())}
+            entries = {path.name: [path.stat().st_size, files.sha256(path)] for path in sorted(staging.iterdir())}
             (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
             for path in [*staging.iterdir(), staging]:
-                durable(path)
+                files.durable(path)
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
-            durable(final.parent)
+            files.durable(final.parent)
             for old in [path for path in listed(folder) if step_of(path) <= step][keep:]:
                 shutil.rmtree(old)
 
@@ -207,7 +130,7 @@ def defect(checkpoint):
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != digest:
+        if files.sha256(path) != digest:
             return f"its file {name} was changed after it was written (SHA-256 differs)"
     return None
 
@@ -219,7 +142,7 @@ def verify(checkpoint):
     problem = defect(checkpoint)
     if problem:
         raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
-    return read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
+    return files.read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
 
 
 def newest_whole(folder, say=print):
@@ -230,24 +153,3 @@ def newest_whole(folder, say=print):
             return checkpoint
         say(f"WARNING: {checkpoint} is passed over: {problem}.")
     return None
-
-
-def lock(folder):
-    """Take the folder for this process alone; return the handle that holds it until it is closed or the process ends.
-
-    The lock is the kernel's, so a crash of its owner frees it; only a child that was forked without exec would keep it.
-    Raises: SystemExit if another process holds it.
-    """
-    handle = open(Path(folder) / LOCK, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        raise SystemExit(
-            f"{folder} is in use by another run (process {handle.read().strip() or 'unknown'}). Wait for it or name "
-            "another --output-dir."
-        ) from None
-    handle.truncate(0)
-    handle.write(f"{os.getpid()}\n")
-    handle.flush()
-    return handle

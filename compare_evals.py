@@ -23,6 +23,7 @@ import os
 from pathlib import Path
 from statistics import NormalDist
 
+import files
 import settings
 
 # ---- Paths ----
@@ -79,12 +80,7 @@ def finite(value):
 
 def read_json(path, shapes):
     """Parse a JSON file, an object. Raises: SystemExit naming the file when it is not whole or has another shape."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is not whole JSON ({error}). Move it away and run run_eval.sh again.") from None
-    if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run run_eval.sh again.")
+    value = files.read_json(path, "run_eval.sh")
     if wrong := [key for key, shape in shapes.items() if key in value and not fits(value[key], shape)]:
         raise SystemExit(f"{path}: its {wrong[0]} has not the form that lm_eval 0.4 writes. Run run_eval.sh again.")
     return value

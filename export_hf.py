@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import checkpoints
+import files
 import resize_vocab
 import settings
 
@@ -52,7 +53,7 @@ def choose(folder, name):
     found = checkpoints.newest_whole(folder)
     if found is None:
         raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
-    return found, checkpoints.read_json(found / "facts.json", "sft_v1.py")
+    return found, files.read_json(found / "facts.json", "sft_v1.py")
 
 
 def agree(checkpoint, facts, base):
@@ -62,13 +63,13 @@ def agree(checkpoint, facts, base):
     from the base's.
     """
     layout = resize_vocab.shards(base)
-    digests = {"base": checkpoints.folder_digest(base, "*.safetensors")}
-    digests["tokenizer"] = checkpoints.sha256(Path(base) / "tokenizer.json")
+    digests = {"base": files.folder_digest(base, "*.safetensors")}
+    digests["tokenizer"] = files.sha256(Path(base) / "tokenizer.json")
     for kind, digest in digests.items():
         if facts["fingerprints"][kind] != digest:
             raise SystemExit(f"{base} is not the {kind} that {checkpoint} was trained from. Name it with --base-model.")
     ids = resize_vocab.special_ids(base, resize_vocab.load_tokenizer(base))
-    stops = checkpoints.read_json(Path(base) / "generation_config.json", "resize_vocab.py").get("eos_token_id")
+    stops = files.read_json(Path(base) / "generation_config.json", "resize_vocab.py").get("eos_token_id")
     if ids["eos"] not in (stops if isinstance(stops, list) else [stops]):
         raise SystemExit(f"{base}: generation stops at {stops}, not at {resize_vocab.STOP}. Resize the base again.")
     if not (Path(base) / "chat_template.jinja").is_file():
@@ -123,8 +124,8 @@ def read_weights(checkpoint, names, shapes, dtype):
 def write_weights(checkpoint, shapes, dtype, max_bytes, output):
     """Write the weights as safetensors; return {file name: [tensor names]}."""
     shards = shard_names(shapes, dtype, max_bytes)
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    layout = dict(zip(files if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
+    parts = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    layout = dict(zip(parts if len(shards) > 1 else ["model.safetensors"], shards, strict=True))
     for file_name, names in layout.items():
         save_file(read_weights(checkpoint, names, shapes, dtype), output / file_name, metadata={"format": "pt"})
     if len(layout) > 1:
@@ -154,8 +155,8 @@ def write_configs(base, output, dtype_name):
     for path in Path(base).iterdir():
         if path.is_file() and not path.name.startswith("model") and path.name != "resize.json":
             shutil.copyfile(path, output / path.name)
-    config = checkpoints.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
-    tokenizer = checkpoints.read_json(output / "tokenizer_config.json", "resize_vocab.py")
+    config = files.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
+    tokenizer = files.read_json(output / "tokenizer_config.json", "resize_vocab.py")
     tokenizer["chat_template"] = (output / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 refuses "TokenizersBackend"
     for name, content in (("config.json", config | older_names(config)), ("tokenizer_config.json", tokenizer)):
@@ -189,7 +190,7 @@ def model_card(facts, checkpoint, shapes, dtype_name):
     ]
     report = Path(run["DATA_DIR"]) / "report.md"
     if report.is_file() and facts["fingerprints"]["data"] == json.dumps(
-        checkpoints.read_json(report.with_suffix(".json"), "prepare_data.py").get("digest"), sort_keys=True
+        files.read_json(report.with_suffix(".json"), "prepare_data.py").get("digest"), sort_keys=True
     ):
         lines += ["## Data", "", report.read_text(encoding="utf-8")]
     names = ("SEQUENCES_PER_STEP", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
@@ -281,7 +282,7 @@ def main(run):
     checkpoint, facts = choose(CHECKPOINT_DIR, CHECKPOINT)
     shapes = agree(checkpoint, facts, BASE_MODEL)
     dtype, output = getattr(torch, DTYPE), Path(OUTPUT_DIR)
-    with checkpoints.staged(output) as staging:
+    with files.staged(output) as staging:
         layout = write_weights(checkpoint, shapes, dtype, int(MAX_SHARD_GIB * 2**30), staging)
         write_configs(BASE_MODEL, staging, DTYPE)
         (staging / "README.md").write_text(model_card(facts, checkpoint, shapes, DTYPE), encoding="utf-8")

@@ -45,10 +45,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import chatml
-import checkpoints
 import conversations
 import data_report
 import decontamination
+import files
 import settings
 
 # ---- Files ----
@@ -313,7 +313,7 @@ class Split:
     def close(self):
         """Put the stream on the disk; return the digest of lengths, ids and mask, 64 hex digits."""
         self.stream.close()
-        checkpoints.durable(self.path)
+        files.durable(self.path)
         return hashlib.sha256("".join(part.hexdigest() for part in self.hashes).encode()).hexdigest()
 
 
@@ -355,17 +355,17 @@ def files_of(folder, place):
     }
 
 
-def finished(files, chain):
+def finished(paths, chain):
     """Return the report's line of a source that an earlier run finished from the same facts, or None."""
     try:
-        done = json.loads(files["done"].read_text(encoding="utf-8"))
-        whole = all(files[name].stat().st_size == size for name, size in done["bytes"].items())
+        done = json.loads(paths["done"].read_text(encoding="utf-8"))
+        whole = all(paths[name].stat().st_size == size for name, size in done["bytes"].items())
         return done["line"] if whole and done["chain"] == chain else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def prepare_source(work, place, files, seen, workers):
+def prepare_source(work, place, paths, seen, workers):
     """Read rows in a drawn order until the source has given its number; write its files, all but "done".
 
     Returns: the source's line of the report. Raises: SystemExit if the source has too few usable rows.
@@ -377,13 +377,13 @@ def prepare_source(work, place, files, seen, workers):
     )  # each 10th or 1st kept row may be for validation
     order = np.random.default_rng(source.get("seed", 42)).permutation(rows)
     splits = {
-        split: Split(files[split], name, repeat, work.encoder.id_type, run["MAX_SEQ_LEN"])
+        split: Split(paths[split], name, repeat, work.encoder.id_type, run["MAX_SEQ_LEN"])
         for split, repeat in (("validation", 1), ("train", source.get("repeat", 1)))
     }
     line = Counter(read=0, kept=0, rejected=0, conversations=0, validation_conversations=0, control_text=0)
     reasons, changes = Counter(), Counter()
     with (
-        files["ledger"].open("w", encoding="utf-8") as ledger,
+        paths["ledger"].open("w", encoding="utf-8") as ledger,
         tqdm(total=goal, desc=name, unit="row", dynamic_ncols=True) as bar,
         contextlib.closing(results(work, order, workers)) as batches,
     ):
@@ -423,7 +423,7 @@ def prepare_source(work, place, files, seen, workers):
         )
     if not line["conversations"]:
         raise SystemExit(f"{name}: none of {line['read']:,} rows can be trained on ({told}). Is its schema right?")
-    seen.save(files["keys"], place)
+    seen.save(paths["keys"], place)
     digest = {split: part.close() for split, part in splits.items()}
     more = {"reasons": dict(reasons.most_common()), "changes": dict(changes.most_common()), "digest": digest}
     return {"name": name, **line, **splits["train"].counts, **more, "lengths": splits["train"].histogram.tolist()}
@@ -607,27 +607,27 @@ def prepare(run, sources, folder, staging):
     chain = [
         [Path(__file__).with_name(name).read_text(encoding="utf-8").partition("\n# ====")[2] for name in RULES],
         {name: value for name, value in run.items() if name not in elsewhere},
-        [versions, checkpoints.folder_digest(data / "tokenizer", "*"), overlap and checkpoints.sha256(ngrams)],
+        [versions, files.folder_digest(data / "tokenizer", "*"), overlap and files.sha256(ngrams)],
     ]
     workers = run["WORKERS"] or len(os.sched_getaffinity(0))
     seen, lines = Seen([source["name"] for source in sources]), []
     for place, (source, (open_rows, facts)) in enumerate(zip(sources, found, strict=True)):
         chain = hashlib.sha256(json.dumps([chain, source, facts], sort_keys=True).encode()).hexdigest()
-        files = files_of(staging, place)
-        if line := finished(files, chain):
+        paths = files_of(staging, place)
+        if line := finished(paths, chain):
             print(f"{source['name']}: finished by an earlier run")
-            seen.load(files["keys"])
+            seen.load(paths["keys"])
         else:
-            files["done"].unlink(missing_ok=True)
+            paths["done"].unlink(missing_ok=True)
             try:
-                line = prepare_source(Work(source, open_rows(), encoder, overlap, run), place, files, seen, workers)
+                line = prepare_source(Work(source, open_rows(), encoder, overlap, run), place, paths, seen, workers)
             except BaseException:
-                for path in files.values():  # a full disk stays usable
+                for path in paths.values():  # a full disk stays usable
                     path.unlink(missing_ok=True)
                 raise
             line |= {"source": source, "revision": facts["revision"]}
-            sizes = {name: path.stat().st_size for name, path in files.items() if name != "done"}
-            checkpoints.write_whole(files["done"], json.dumps({"chain": chain, "bytes": sizes, "line": line}))
+            sizes = {name: path.stat().st_size for name, path in paths.items() if name != "done"}
+            files.write_whole(paths["done"], json.dumps({"chain": chain, "bytes": sizes, "line": line}))
         lines.append(line)
     digest = {
         split: hashlib.sha256("".join(line["digest"][split] for line in lines).encode()).hexdigest()
@@ -637,7 +637,7 @@ def prepare(run, sources, folder, staging):
     for path in {*data.glob("*/data-*.arrow"), *staging.glob("progress/[0-9]*")} - current:
         path.unlink()  # of an earlier mixture with more sources
     for split in digest:
-        schema = pa.ipc.open_stream(files[split]).schema
+        schema = pa.ipc.open_stream(paths[split]).schema
         dataset_metadata(data / split, len(sources), schema, digest[split])
     (data / "dataset_dict.json").write_text(json.dumps({"splits": list(digest)}) + "\n", encoding="utf-8")
     with (data / "rejected.jsonl").open("wb") as ledger:
@@ -647,7 +647,7 @@ def prepare(run, sources, folder, staging):
     report = {
         "settings": run,
         "versions": {"python": platform.python_version()} | versions,
-        "tokenizer_sha256": checkpoints.sha256(data / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": files.sha256(data / "tokenizer" / "tokenizer.json"),
         "base_tokenizer": run["BASE_TOKENIZER"],
         "base_vocab_size": Tokenizer.from_file(str(Path(run["BASE_TOKENIZER"]) / "tokenizer.json")).get_vocab_size(),
         "vocab_size": len(tokenizer),
@@ -661,7 +661,7 @@ def prepare(run, sources, folder, staging):
     data_report.draw(report, data / "report.png")
     loaded = datasets.load_from_disk(str(data))
     assert len(loaded["train"]) == report["totals"]["sequences"]
-    checkpoints.write_whole(data / "report.json", json.dumps(report, indent=1) + "\n")
+    files.write_whole(data / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -673,13 +673,13 @@ def main(run):
         return
     sources, folder = read_mixture(MIXTURE)
     output, started = Path(OUTPUT_DIR), time.perf_counter()
-    checkpoints.refuse_unless_empty(output)
+    files.refuse_unless_empty(output)
     staging = output.with_name(f"{output.name}.unfinished")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of its own would not survive the fork; see start_worker
     later = f"Finished sources, if any, stay in {staging}; the same command goes on after them."
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        with checkpoints.lock(staging):
+        with files.lock(staging):
             try:
                 report = prepare(run, sources, folder, staging)
                 if output.exists():

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import checkpoints
+import files
 import settings
 
 # ---- Files ----
@@ -70,7 +70,7 @@ def check_extension(base, extended, folder):
 
 def special_ids(folder, tokenizer):
     """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
-    names = checkpoints.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py")
+    names = files.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py")
     tokens = {kind: names.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
     tokens = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
     ids = {kind: token and tokenizer.token_to_id(token) for kind, token in tokens.items()}
@@ -91,18 +91,18 @@ def shards(folder):
     """
     folder = Path(folder)
     index, promised = folder / "model.safetensors.index.json", None
-    files = ["model.safetensors"]
+    parts = ["model.safetensors"]
     if index.is_file():
-        promised = checkpoints.read_json(index, "your download").get("weight_map")
+        promised = files.read_json(index, "your download").get("weight_map")
         if not isinstance(promised, dict) or any(Path(name).name != name for name in map(str, promised.values())):
             raise SystemExit(f"{index} holds no map from tensors to files of that folder. Download the model again.")
-        files = sorted(set(promised.values()))
-    if missing := [name for name in files if not (folder / name).is_file()]:
+        parts = sorted(set(promised.values()))
+    if missing := [name for name in parts if not (folder / name).is_file()]:
         if found := sorted(path.name for path in folder.glob("*.bin")):
             raise SystemExit(f"{folder} has {found[0]}, but no {missing[0]}. Only safetensors are read: save it so.")
         raise SystemExit(f"{folder} has no {missing[0]}. Name the folder that holds the model.")
     names = {}
-    for name in files:
+    for name in parts:
         try:
             with safe_open(folder / name, "pt") as file:
                 names[name] = list(file.keys())
@@ -186,7 +186,7 @@ def write_weights(base, layout, output, change):
 def write_configs(base, output, config, tokenizer_dir, ids, rows):
     """Write config.json and generation_config.json with the prepared tokenizer's `ids`, and copy that tokenizer."""
     generation = base / "generation_config.json"
-    generation = checkpoints.read_json(generation, "your download") if generation.is_file() else {}
+    generation = files.read_json(generation, "your download") if generation.is_file() else {}
     stops = generation.get("eos_token_id", config.get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
     ids = {f"{kind}_token_id": place for kind, place in ids.items() if place is not None}
@@ -255,7 +255,7 @@ def main(run):
     """Write the resized model as the settings `run` (dict) say, and verify it."""
     transformers.utils.logging.disable_progress_bar()
     base, output = Path(BASE_MODEL), Path(OUTPUT_DIR)
-    config = checkpoints.read_json(base / "config.json", "your download")
+    config = files.read_json(base / "config.json", "your download")
     base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(TOKENIZER)
     new, ids = check_extension(base_tokenizer, tokenizer, TOKENIZER), special_ids(TOKENIZER, tokenizer)
     layout = shards(base)
@@ -273,8 +273,8 @@ def main(run):
         return resized(tensor, real, new_ids, vocabulary) if name in (EMBEDDING, HEAD) else tensor
 
     facts = {"base": BASE_MODEL, "base_rows": base_rows, "rows": rows, "tied": tied, "new_ids": new}
-    facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": checkpoints.sha256(Path(TOKENIZER) / "tokenizer.json")}
-    with checkpoints.staged(output) as staging:
+    facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": files.sha256(Path(TOKENIZER) / "tokenizer.json")}
+    with files.staged(output) as staging:
         write_weights(base, layout, staging, change)
         write_configs(base, staging, config, TOKENIZER, ids, rows)
         (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -44,6 +44,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig
 
 import checkpoints
+import files
 import memory_plan
 import ranks
 import settings
@@ -241,15 +242,15 @@ def agree(data_dir, base_model):
     Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
     Raises: SystemExit naming the script to run again.
     """
-    report = checkpoints.read_json(Path(data_dir) / "report.json", "prepare_data.py")
-    config = checkpoints.read_json(Path(base_model) / "config.json", "resize_vocab.py")
+    report = files.read_json(Path(data_dir) / "report.json", "prepare_data.py")
+    config = files.read_json(Path(base_model) / "config.json", "resize_vocab.py")
     if not any(Path(base_model).glob("*.safetensors")):
         raise SystemExit(f"{base_model} has no safetensors. Run resize_vocab.py again.")
     digests = {}
     for folder, script in ((Path(data_dir) / "tokenizer", "prepare_data.py"), (Path(base_model), "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
             raise SystemExit(f"{folder} has no tokenizer.json. Run {script} again.")
-        digests[script] = checkpoints.sha256(folder / "tokenizer.json")
+        digests[script] = files.sha256(folder / "tokenizer.json")
     if digests["prepare_data.py"] != report.get("tokenizer_sha256"):
         raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
     rows, tokens = config.get("vocab_size"), report.get("vocab_size")
@@ -265,7 +266,7 @@ def agree(data_dir, base_model):
     return {
         "data": json.dumps(report.get("digest"), sort_keys=True),
         "tokenizer": digests["prepare_data.py"],
-        "base": checkpoints.folder_digest(base_model, "*.safetensors"),
+        "base": files.folder_digest(base_model, "*.safetensors"),
     }
 
 
@@ -275,10 +276,10 @@ def check_output(output_dir, facts):
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
     if not (output_dir / "run.json").is_file():
-        if (output_dir / checkpoints.LOCK).is_file():
+        if (output_dir / files.LOCK).is_file():
             return  # a run that was killed before it had written anything
         raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
-    before = checkpoints.read_json(output_dir / "run.json", "sft_v1.py")
+    before = files.read_json(output_dir / "run.json", "sft_v1.py")
     before = {kind: value for kind, value in before.items() if isinstance(value, dict)}
     changed = [
         f"{name} (then {before.get(kind, {}).get(name)}, now {facts[kind][name]})"
@@ -331,7 +332,7 @@ def resume(checkpoint, state, fingerprints):
 
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
-    facts = checkpoints.read_json(checkpoint / "facts.json", "sft_v1.py")
+    facts = files.read_json(checkpoint / "facts.json", "sft_v1.py")
     if facts["fingerprints"] != fingerprints:
         raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --output-dir.")
     if checkpoint.name != f"step_{facts['step']:06d}":
@@ -526,7 +527,7 @@ def claim(run, facts):
     """Check this run's folder, lock it against a second one, and clear what a killed save left. Returns the lock."""
     check_output(run["OUTPUT_DIR"], facts)
     Path(run["OUTPUT_DIR"]).mkdir(parents=True, exist_ok=True)
-    lock = checkpoints.lock(run["OUTPUT_DIR"])
+    lock = files.lock(run["OUTPUT_DIR"])
     checkpoints.clear_staging(run["OUTPUT_DIR"])
     return lock
 
@@ -537,7 +538,7 @@ def announce(run, facts, lines, parameters, changed):
     if step < facts["total_steps"]:
         count = max(1, run["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(output_dir)))
         checkpoints.check_room(output_dir, parameters * 12 * count)
-    checkpoints.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
+    files.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {step}: {'; '.join(changed)}.")
     print(lines)
@@ -595,7 +596,7 @@ def main(run):
         facts |= {"step": 0, "updates": 0, "world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
         ranks.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
         lock = ranks.on_rank0(lambda: claim(run, facts))
-        ranks.check_shared(OUTPUT_DIR, checkpoints.LOCK)
+        ranks.check_shared(OUTPUT_DIR, files.LOCK)
 
         data, config = load_data(DATA_DIR), read_config(BASE_MODEL)
         for split, need in (("train", SEQUENCES_PER_STEP), ("validation", 1)):

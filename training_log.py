@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import checkpoints
+import files
 
 RECORDS = ("metrics", "skipped", "spikes", "answers")
 SPIKE_WINDOW = 200  # losses that a spike is compared with
@@ -45,7 +45,7 @@ class Log:
         for name in RECORDS:
             kept = [line for line in self.read(name) if line["step"] <= step] if step else []
             if kept or self.file(name).exists():
-                checkpoints.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
+                files.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
         losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
@@ -126,7 +126,7 @@ class Log:
         for name in RECORDS if self.on else ():
             try:
                 if self.file(name).exists():
-                    checkpoints.durable(self.file(name))
+                    files.durable(self.file(name))
             except OSError as error:
                 self.say(f"WARNING: {self.file(name)} is not on the disk: {error}")
 
@@ -206,5 +206,5 @@ def versions():
         "datasets": datasets.__version__,
         "device": device,
         "commit": commit or "unknown",
-        "code": checkpoints.folder_digest(Path(__file__).parent, "*.py"),
+        "code": files.folder_digest(Path(__file__).parent, "*.py"),
     }

@@ -325,7 +325,7 @@ def test_missing_or_broken_files_have_their_sentence(tmp_path):
     samples.unlink()
     assert "The logged questions of mine are missing" in refused(tmp_path)
     results.write_text(results.read_text()[:100])
-    assert "is not whole JSON" in refused(tmp_path)
+    assert "is not readable JSON" in refused(tmp_path)
     results.write_text("{}")
     assert "is not a results file of lm_eval" in refused(tmp_path)
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoints
 import export_hf
+import files
 import resize_vocab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,8 +162,8 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
         if harm:
             harm(state)
         base = folder / "checkpoints" / "base"
-        prints = {"data": "", "tokenizer": checkpoints.sha256(base / "tokenizer.json")}
-        prints["base"] = checkpoints.folder_digest(base, "*.safetensors")
+        prints = {"data": "", "tokenizer": files.sha256(base / "tokenizer.json")}
+        prints["base"] = files.folder_digest(base, "*.safetensors")
         recipe = (
             "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
         )

@@ -253,6 +253,18 @@ def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(prepared,
         assert report_of(folder / f"by{workers}")["digest"] == report_of(folder / "out")["digest"]
 
 
+def test_it_needs_no_torch(prepared, bpe_tokenizer_dir):
+    """Torch would take 0.2 GiB and more than a second of every start."""
+    folder, mixture, _ = prepared
+    (folder / "array_only.json").write_text(json.dumps([mixture[1] | {"examples": "all"}]))
+    flags = ["--mixture", folder / "array_only.json", "--base-tokenizer", bpe_tokenizer_dir]
+    flags += ["--output-dir", folder / "light", "--decontaminate-against", ""]
+    code = "import sys, prepare_data, settings; prepare_data.main(settings.from_flags(vars(prepare_data)))"
+    command = [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (folder / "light" / "report.json").exists(), done.stderr
+
+
 def test_another_seed_draws_other_rows(prepared, bpe_tokenizer_dir):
     folder, mixture, _ = prepared
     mixture = [mixture[2] | {"seed": 8}]
