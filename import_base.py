@@ -24,7 +24,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import checkpoints
+import files
 import plain_text
 import resize_vocab
 import sentencepiece_tokenizer
@@ -246,7 +246,7 @@ def read_tokenizer(path, run):
         tokenizer = resize_vocab.load_tokenizer(path.parent)
         names = {"bos_token": run["BOS_TOKEN"] or None, "eos_token": run["EOS_TOKEN"]}
         if (path.parent / "tokenizer_config.json").is_file():
-            config = checkpoints.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
+            config = files.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
             names = {f"{kind}_token": config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
             names = {kind: token["content"] if isinstance(token, dict) else token for kind, token in names.items()}
     else:
@@ -310,7 +310,7 @@ def main(run):
     """Import as the settings `run` (dict) say."""
     transformers.utils.logging.disable_progress_bar()
     checkpoint, output = Path(CHECKPOINT), Path(OUTPUT_DIR)
-    checkpoints.refuse_unless_empty(output)
+    files.refuse_unless_empty(output)
     config = make_config(run)
     tokenizer, names = read_tokenizer(Path(TOKENIZER), run)
     if not checkpoint.exists():
@@ -333,7 +333,7 @@ def main(run):
     ids = {f"{kind}_token_id": tokenizer.token_to_id(names.get(f"{kind}_token", "")) for kind in ("bos", "eos")}
     config.update(ids | {"tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")})
 
-    with checkpoints.staged(output) as staging:
+    with files.staged(output) as staging:
         write_tokenizer(tokenizer, names, ids, CONTEXT, staging)
         state, told = better_layout(state, config, staging)
         write(state, config, staging)

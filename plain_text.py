@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoints
+import files
 import settings
 
 # ---- Files ----
@@ -76,7 +76,7 @@ def verdict(nats, vocabulary, expected=0.0):
 def main(run):
     """Measure the model of the settings `run` (dict)."""
     transformers.utils.logging.disable_progress_bar()
-    checkpoints.read_json(Path(MODEL_DIR) / "config.json", "the script that makes it")
+    files.read_json(Path(MODEL_DIR) / "config.json", "the script that makes it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()

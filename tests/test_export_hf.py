@@ -123,13 +123,35 @@ def test_it_loads_with_stops_padding_and_template_in_every_place_readers_look(wo
 
 
 def test_float32_in_several_files_of_an_earlier_checkpoint(work):
-    flags = ["--checkpoint", "step_000050", "--output-dir", "early", "--dtype", "float32", "--max-shard-gib", 0.001]
+    flags = ["--checkpoint", "step_000050", "--output-dir", "early", "--dtype", "float32", "--max-shard-gb", 0.001]
     call(work, "export_hf.py", *flags, "--max-new-tokens", 5)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(work / "early", output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32
     assert len(list((work / "early").glob("*.safetensors"))) > 1
     index = json.loads((work / "early" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(p.numel() for p in model.parameters()) * 4
+
+
+def test_the_chat_streams_answers_with_template_and_stop_and_remembers(work):
+    command = [sys.executable, str(ROOT / "export_hf.py"), "--chat", "exports/sft_v1", "--temperature", "0"]
+    said = "Who are you?\nCount.\n\nCount.\n"
+    result = subprocess.run(command, capture_output=True, text=True, cwd=work, input=said, timeout=200)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    answers = [line.removeprefix("You: Model: ") for line in result.stdout.splitlines() if "Model: " in line]
+    assert answers[0] == "I am Genesis." and answers[-1] == "one two three", result.stdout
+    assert len(answers) == 3 and "(a new conversation)" in result.stdout
+
+
+def test_the_card_shows_data_licence_recipe_and_curve(work):
+    folder = work / "exports" / "sft_v1"
+    card = (folder / "README.md").read_text()
+    assert "| answers | rows.jsonl | of your own file: add it |" in card
+    assert "![Loss by optimizer step](loss.png)" in card and "export_hf.py --chat" in card
+    assert (folder / "loss.png").read_bytes() == (work / "checkpoints" / "sft_v1" / "loss.png").read_bytes()
+    assert (
+        "CANNOT READ" in (work / "stdout").read_text()
+        and "WARNING: exports/sft_v1 is what was" in (work / "stdout").read_text()
+    )
 
 
 # ==== A checkpoint written in this process: facts, older readers, refusals ====
@@ -203,7 +225,7 @@ ROPES = [{}, {"factor": 2.0, "rope_type": "linear"}]
 def test_older_readers_find_theta_scaling_dtype_and_a_tokenizer_class_they_know(tmp_path, export, tied, rope):
     rope = {"rope_theta": 500_000.0, "rope_type": "default"} | rope
     make_checkpoint(tmp_path, tied, rope_parameters=rope)
-    output = export(DTYPE="float32", MAX_SHARD_GIB=3e-6)
+    output = export(DTYPE="float32", MAX_SHARD_GB=3e-6)
     config = json.loads((output / "config.json").read_text())
     assert config["rope_theta"] == 500_000 and config["torch_dtype"] == config["dtype"] == "float32"
     expected = None if rope["rope_type"] == "default" else {"factor": 2.0, "rope_type": "linear"}
@@ -298,8 +320,98 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path, export):
         ({"CHECKPOINT": "step_000077"}, "step_000077: no such checkpoint folder"),
         ({"CHECKPOINT": "latest", "BASE_MODEL": "models/base"}, "models/base is not the base that"),
         ({"DTYPE": "float16"}, "must be bfloat16 or float32"),
-        ({"DTYPE": "bfloat16", "MAX_SHARD_GIB": 0.0}, "MAX_SHARD_GIB must be above 0"),
+        ({"DTYPE": "bfloat16", "MAX_SHARD_GB": 0.0}, "MAX_SHARD_GB must be above 0"),
     ):
         with pytest.raises(SystemExit) as refusal:
             export(OUTPUT_DIR="a", **constants)
         assert sentence in str(refusal.value) and not list(tmp_path.glob("a*"))
+
+
+def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, monkeypatch, capsys):
+    make_checkpoint(tmp_path)
+    folder = export(DTYPE="float32", MAX_SHARD_GB=3e-6)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    export(VERIFY_ONLY="exports/sft_v1", DTYPE="bfloat16")
+    assert "verified: every tensor" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def flip(name):
+        path = folder / name
+        path.write_bytes(before[name][:-1] + bytes([before[name][-1] ^ 1]))
+
+    shards = sorted(name for name in before if name.endswith(".safetensors"))
+    harms = [(lambda: flip(shards[-1]), f"{shards[-1]}: ")]
+    harms += [(lambda: (folder / shards[0]).unlink(), f"has no {shards[0]}")]
+    harms += [(lambda: edit_json(folder / "tokenizer_config.json", chat_template="x"), "its chat template is not")]
+    harms += [(lambda: (folder / "chat_template.jinja").write_text("x"), "its chat template is not the one")]
+    harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
+    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "does not load")]
+    harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is no export of this script")]
+    for harm, sentence in harms:
+        harm()
+        with pytest.raises(SystemExit) as refusal:
+            export(VERIFY_ONLY="exports/sft_v1")
+        assert sentence in str(refusal.value)
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+    monkeypatch.setattr(export_hf, "CHECKPOINT", "step_000050")
+    export(VERIFY_ONLY="exports/sft_v1")  # the two checkpoints of this test have the same weights
+    with pytest.raises(SystemExit, match=r"exports/nowhere/config.json is missing"):
+        export(VERIFY_ONLY="exports/nowhere")
+
+
+def test_the_card_gets_the_evaluation_of_these_weights_only(tmp_path, export):
+    make_checkpoint(tmp_path)
+    folder, results = export(), tmp_path / "eval-results"
+    (results / "after").mkdir(parents=True)
+    (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
+    (results / "comparison.png").write_bytes(b"picture")
+    for digest, shown in (("0" * 64, False), (files.sha256(folder / "model.safetensors"), True)):
+        (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
+        export(CARD="exports/sft_v1")
+        assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown
+        assert (folder / "comparison.png").exists() is shown
+
+
+def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in Path(BASE).iterdir()}
+    export_hf.dry_run(BASE)
+    harms = [(lambda: edit_json(Path(BASE) / "generation_config.json", eos_token_id=0), "generation stops at 0")]
+    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", temperature=0.5), "is refused by transformers")]
+    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", pad_token_id=61), "pads with 61")]
+    harms += [(lambda: edit_json(Path(BASE) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
+    harms += [(lambda: (Path(BASE) / "chat_template.jinja").unlink(), "has no chat_template.jinja")]
+    for harm, sentence in harms:
+        harm()
+        with pytest.raises(SystemExit) as refusal:
+            export_hf.dry_run(BASE)
+        assert sentence in str(refusal.value)
+        for name, content in before.items():
+            (Path(BASE) / name).write_bytes(content)
+
+
+def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
+    shapes = {f"w{place}": torch.Size((1024, 2048)) for place in range(64)}  # 8 MiB each in float32, 512 in all
+    state = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    dcp.save(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    del state
+    code = (
+        "import pathlib, resource, sys, torch, export_hf\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "export_hf.READ_BYTES = 2**25\n"
+        "shapes = {f'w{place}': torch.Size((1024, 2048)) for place in range(64)}\n"
+        "def write(shapes, name):\n"
+        "    pathlib.Path(name).mkdir()\n"
+        "    export_hf.write_weights('checkpoint', shapes, torch.float32, 2**26, pathlib.Path(name))\n"
+        "write({'w0': shapes['w0']}, 'first')\n"
+        "before = peak()\n"
+        "write(shapes, 'all')\n"
+        "print(peak() - before)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "all").glob("*.safetensors"))) == 8
+    assert float(result.stdout) < 160, result.stdout  # MiB: a shard of 64, a reading of 32, and what they leave

@@ -80,23 +80,45 @@ def same_logits(folder, weights):
         torch.testing.assert_close(ours(ids).logits[0], theirs(ids[0]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_a_sharded_checkpoint_becomes_a_folder_with_the_same_logits(kind, weights, reader_dir, tmp_path):
-    torch.save(weights, tmp_path / "weights.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(ROOT / "tests" / "meta_model.py"), kind]
-    command += ["weights.pt", "step_040000"]
+def train(kind, weights, folder):
+    """Let two processes write the checkpoint `folder`/step_040000 of `weights`, as a pretraining script does."""
+    torch.save(weights, folder / "weights.pt")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    launcher += ["--rdzv-endpoint", "localhost:0"]
+    call(folder, *launcher, str(ROOT / "tests" / "meta_model.py"), kind, "weights.pt", "step_040000")
+
+
+def call(folder, *command):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert result.returncode == 0, result.stderr
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_checkpoint_of_fsdp2_with_its_state_at_the_top(imported, weights, tmp_path, capsys):
+    train("fsdp2", weights, tmp_path)
+    same_logits(imported("step_040000"), weights)
+    assert "as neighbours: neighbours, permuted to halves" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_fsdp1_goes_through_every_step_to_an_export(weights, reader_dir, tmp_path):
+    train("fsdp1", weights, tmp_path)
     flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in SHAPE.items()]
     flags += ["--checkpoint", "step_040000", "--tokenizer", str(reader_dir / "tokenizer.json")]
-    command = [sys.executable, str(ROOT / "import_base.py"), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert result.returncode == 0, result.stderr
-    assert "as neighbours: neighbours, permuted to halves" in result.stdout and "; it reads" in result.stdout
-    assert "1.93 at the end of pretraining" in result.stdout and "float32, tied; " in result.stdout
+    told = call(tmp_path, str(ROOT / "import_base.py"), *flags)
+    assert "; it reads" in told and "1.93 at the end of pretraining" in told and "in float32, tied; 64 other" in told
     same_logits(tmp_path / "models" / "base", weights)
+    rows = [json.dumps({"prompt": f"Who is {name}?", "response": "Anna."}) + "\n" for name in "abcdefgh"]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    source = {"name": "rows", "path": "rows.jsonl", "schema": "prompt/response", "examples": "all"}
+    (tmp_path / "mixture.json").write_text(json.dumps([source]))
+    call(tmp_path, str(ROOT / "prepare_data.py"), "--mixture", "mixture.json", "--decontaminate-against", "")
+    call(tmp_path, str(ROOT / "resize_vocab.py"))
+    flags = ["--device", "cpu", "--max-steps", "2", "--warmup-steps", "1", "--sequences-per-step", "4"]
+    launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    call(tmp_path, *launcher, str(ROOT / "sft_v1.py"), *flags, "--validate-every", "0")
+    told = call(tmp_path, str(ROOT / "export_hf.py"), "--max-new-tokens", "3")
+    assert "verified: every tensor" in told and "; it reads" in told and "CANNOT" not in told
 
 
 def wrapped(weights):

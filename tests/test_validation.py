@@ -61,7 +61,7 @@ def test_a_run_answers_its_prompts_at_each_validation(tmp_path, bpe_tokenizer_di
     for folder in (base, data / "tokenizer"):
         tokenizer.save_pretrained(folder)
     report = json.loads((data / "report.json").read_text())
-    report["tokenizer_sha256"] = sft_v1.checkpoints.sha256(base / "tokenizer.json")
+    report["tokenizer_sha256"] = sft_v1.files.sha256(base / "tokenizer.json")
     (data / "report.json").write_text(json.dumps(report))
     flags = ("--max-steps", "2", "--validate-every", "1", "--prompts", "Who are you?,Why?", "--answer-tokens", "5")
     stdout = trained(tmp_path, "run", 2, *flags)
