@@ -378,7 +378,11 @@ def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.read_bytes() for path in Path(BASE).iterdir()}
     export_hf.dry_run(BASE)
-    harms = [(lambda: edit_json(Path(BASE) / "generation_config.json", eos_token_id=0), "generation stops at 0")]
+    edit_json(Path(BASE) / "tokenizer_config.json", bos_token="<|im_start|>")  # as in SmolLM
+    export_hf.dry_run(BASE)
+    twice = "{{ bos_token }}{{ bos_token }}"
+    harms = [(lambda: (Path(BASE) / "chat_template.jinja").write_text(twice), "begins with two BOS tokens")]
+    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", eos_token_id=0), "generation stops at 0")]
     harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", temperature=0.5), "is refused by transformers")]
     harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", pad_token_id=61), "pads with 61")]
     harms += [(lambda: edit_json(Path(BASE) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
