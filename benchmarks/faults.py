@@ -15,7 +15,6 @@ ranks what torchrun does. One run in twenty goes through torchrun itself.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -30,12 +29,9 @@ import time
 from pathlib import Path
 
 import common  # puts the suite on the path
-import datasets
 import numpy as np
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import transformers
 
 import checkpoints
 import ranks
@@ -51,33 +47,18 @@ SAVE_EVERY = 2  # optimizer steps
 
 # ==== A small model and its data, in the formats of the suite ====
 
-VOCABULARY = 96
-TOKENIZER = b'{"stands for": "a tokenizer"}'
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SHAPE |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
 def make_input(folder):
-    """Write `folder`/base and `folder`/data: a random Llama and 64 random sequences, half of each trained."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "base")
-    (folder / "base" / "tokenizer.json").write_bytes(TOKENIZER)
-    integer, boolean = datasets.List(datasets.Value("uint8")), datasets.List(datasets.Value("bool"))
-    features = {"input_ids": integer, "assistant_masks": boolean, "source": datasets.Value("string")}
-    rng, split = np.random.default_rng(0), {}
-    for name, number in (("train", 64), ("validation", 4)):
-        ids = [rng.integers(0, VOCABULARY, n).astype(np.uint8) for n in rng.integers(8, 32, number)]
-        columns = {"input_ids": ids, "assistant_masks": [np.arange(len(row)) > len(row) // 2 for row in ids]}
-        columns["source"] = ["x"] * number
-        split[name] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    datasets.DatasetDict(split).save_to_disk(folder / "data")
-    (folder / "data" / "tokenizer").mkdir()
-    (folder / "data" / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
-    report = {"tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(), "vocab_size": VOCABULARY, "max_seq_len": 64}
-    (folder / "data" / "report.json").write_text(json.dumps(report | {"digest": {"train": "a", "validation": "b"}}))
+    """Write `folder`/base and `folder`/data: a random Llama and 64 random sequences."""
+    common.write_inputs(folder, SHAPE, np.random.default_rng(0).integers(8, 32, 64))
 
 
 def in_a_child(action):
@@ -112,7 +93,7 @@ def flags(folder, output, steps, save_every, keep=3):
         "--device": "cpu",
         "--collective-timeout-seconds": 30,
     }
-    return [str(part) for pair in chosen.items() for part in pair]
+    return common.flags(chosen)
 
 
 # ==== Where a run is killed ====
