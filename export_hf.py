@@ -383,9 +383,9 @@ def main(run):
         model_card.write(output, facts, checkpoint, shapes, dtype_name, EVAL_RESULTS)
         print(f"{output / 'README.md'} is written anew")
         return
-    files = list(output.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in files)
-    print(f"{checkpoint} -> {output}: {len(shapes)} tensors, {size / 1e9:.2f} GB in {dtype_name}, {len(files)} file(s)")
+    parts = list(output.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in parts)
+    print(f"{checkpoint} -> {output}: {len(shapes)} tensors, {size / 1e9:.2f} GB in {dtype_name}, {len(parts)} file(s)")
     print("verified: every tensor and the logits of three prompts equal the checkpoint's")
     prove(model, tokenizer, output)
 
