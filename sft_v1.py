@@ -44,6 +44,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig
 
 import checkpoints
+import export_hf
 import files
 import memory_plan
 import ranks
@@ -623,6 +624,7 @@ def main(run):
             changed = segment(stored, facts)
             told = [{"after_step": stored["step"], "changed": changed}] if changed else []
             facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
+        ranks.on_rank0(lambda: export_hf.dry_run(BASE_MODEL))
         ranks.agree_on({"step": facts["step"], "training tokens": int(lengths.sum())})
         ranks.on_rank0(lambda: announce(run, facts, lines, sizes.all, changed))
         if facts["step"] < facts["total_steps"]:

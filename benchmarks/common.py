@@ -132,11 +132,18 @@ def write_base(folder, **shape):
 
 
 def write_tokenizer(folder):
-    """Write the tokenizer of generated data: one word, whatever the ids in the data are."""
+    """Write a chat tokenizer of one word, as prepare_data.py and resize_vocab.py would: the data's ids are made up."""
+    import transformers
+
+    import chatml
+
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "x", "pad_token": "x"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "tokenizer_config.json").write_text('{"unk_token": "x", "eos_token": "x"}')
+    tokenizer, _ = chatml.extend_tokenizer(folder, True, True)
+    tokenizer.save_pretrained(folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    transformers.GenerationConfig(**ends).save_pretrained(folder)
 
 
 def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):

@@ -1,6 +1,5 @@
 """sft_v1.py: its mathematics by import, its runs through torchrun with gloo processes, its refusals."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,15 +19,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
+from common import write_tokenizer
 
 import checkpoints
+import files
 import model as sft_model
 import settings
 import sft_v1
 import training_log
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = b'{"stands for": "a tokenizer"}'
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("uint16")),
@@ -47,7 +47,7 @@ def tiny_config(kind=transformers.LlamaConfig, vocab_size=515, tied=True, **more
 def write_base(folder, config):
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(TOKENIZER)
+    write_tokenizer(folder)
     return folder
 
 
@@ -68,9 +68,12 @@ def write_data(folder, vocab_size=515, train=None, digest="a"):
         columns = {"input_ids": ids, "assistant_masks": masks, "source": ["x"] * len(ids)}
         split[name] = datasets.Dataset.from_dict(columns, features=FEATURES)
     datasets.DatasetDict(split).save_to_disk(folder)
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_bytes(TOKENIZER)
-    report = {"tokenizer_sha256": hashlib.sha256(TOKENIZER).hexdigest(), "vocab_size": vocab_size, "max_seq_len": 64}
+    write_tokenizer(folder / "tokenizer")
+    report = {
+        "tokenizer_sha256": files.sha256(folder / "tokenizer" / "tokenizer.json"),
+        "vocab_size": vocab_size,
+        "max_seq_len": 64,
+    }
     (folder / "report.json").write_text(json.dumps(report | {"digest": {"train": digest, "validation": "b"}}))
     return folder
 
