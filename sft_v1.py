@@ -80,7 +80,7 @@ TOKENS_PER_MICRO_BATCH = (
 )
 ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
 MEMORY_POLICY = "auto"  # ranks communicate "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
-COMPILE = False  # torch.compile each block: faster on a CPU after a minute's start; benchmarks/gpu.py measures yours
+COMPILE = "off"  # torch.compile each block, "on" | "off": faster on a CPU after a minute's start; gpu.py measures yours
 COMPUTE_DTYPE = "bfloat16"  # "bfloat16" | "float32" of forward and backward; masters and moments are always float32
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
 RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
@@ -216,6 +216,7 @@ def validate_settings(run):
     for name, values in {
         "MEMORY_POLICY": ("auto", "per_step", "per_micro_batch"),
         "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
+        "COMPILE": ("on", "off"),
         "COMPUTE_DTYPE": ("bfloat16", "float32"),
         "DEVICE": ("auto", "cuda", "cpu"),
     }.items():
@@ -611,7 +612,7 @@ def main(run):
         facts["plan"] = dataclasses.asdict(plan)
 
         model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS)
-        prepare_blocks(model, plan.checkpointing, COMPILE)
+        prepare_blocks(model, plan.checkpointing, COMPILE == "on")
         sizes = memory_plan.shapes(config)
         batches = Batches(data["train"], sizes, plan.tokens, device)
         held_out = Batches(data["validation"], sizes, plan.tokens, device) if VALIDATE_EVERY else None

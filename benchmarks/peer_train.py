@@ -145,7 +145,8 @@ def main(run):
     seconds, losses = {"trl": train_trl, "padded": train_padded}[RECIPE](model, rows)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # all of the process, without a GPU
     peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else held
-    print(json.dumps({"step_seconds": seconds, "losses": losses, "peak_gib": peak / 2**30}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"step_seconds": seconds, "losses": losses, "peak_gib": peak / 2**30}))
 
 
 if __name__ == "__main__":

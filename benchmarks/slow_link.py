@@ -20,6 +20,7 @@ train on the limited link. once_per_step_ratio is that of their median steps; co
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def train(policy, steps):
 def main(run):
     """Make the link, find its rate, race both policies, print the RESULT line."""
     refuse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed then, too
     steps = 3 if QUICK else STEPS
     common.machine()
     gigabytes = PARAMETERS * (2 * 2 + 4) / 2 / 1e9
