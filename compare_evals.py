@@ -1,34 +1,34 @@
-"""Compare two lm_eval results: what did fine-tuning change, and is the change more than chance?
+"""Compare two evaluations: what did fine-tuning change, and is the change more than chance?
 
-Reads two folders written by `run_eval.sh` (lm_eval's results JSON and its logged samples, and `run.json`).
+Reads two folders written by `run_eval.sh` (lm_eval's results JSON and its logged samples, `run.json`, the built-in
+check's `assistant.json`); beside them those of the chat pass, `BEFORE-chat` and `AFTER-chat`, if both are there.
 Writes to OUTPUT: `comparison.md` (also printed), `comparison.json`, `comparison.png`, and `flips.jsonl`: every question
 that one model answers correctly and the other does not.
 
-    python compare_evals.py                                   eval-results/before against eval-results/after
-    python compare_evals.py --after eval-results/other        against another run
+    python compare_evals.py                                       eval-results/before against eval-results/after
+    python compare_evals.py --after eval-results/other            against another run
+    python compare_evals.py --other-seeds eval-results/seed43     and how far the same recipe moves with its seed
 
 How a difference is judged. Both models answered the same questions, so the difference is taken question by question;
 its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest. The
 95% interval is the difference +- 1.96 standard errors. The p-value comes from the exact sign test over the questions
-that flipped (right/wrong metrics), or, from 30 questions on, from difference / standard error (perplexity). The verdict
-is "better" or "worse" where p passes Holm's correction for all rows of the table at FAMILY_ERROR, else "no difference
-seen". Perplexity is compared as its logarithm, the mean negative log-likelihood of the target. A group such as MMLU is
-the mean over all its questions, as lm_eval has it.
+that flipped (right/wrong metrics), or, from 30 questions on, from difference / standard error (perplexity, loss). The
+verdict is "better" or "worse" where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no
+difference seen". Perplexity is compared as its logarithm, the mean negative log-likelihood of the target. A group such
+as MMLU is the mean over all its questions, as lm_eval has it. Chance is that of the questions' own numbers of choices.
 """
 
 import json
 import math
-import operator
-import os
 from pathlib import Path
-from statistics import NormalDist
 
-import files
 import settings
+from eval_results import agree, finite, leaves, pairs_of, read_json, read_run, value_of
 
 # ---- Paths ----
 BEFORE = "eval-results/before"  # folder of the first run, written by run_eval.sh
 AFTER = "eval-results/after"  # folder of the second run
+OTHER_SEEDS = ()  # folders of further runs: the same recipe as AFTER with other seeds
 OUTPUT = "eval-results"  # folder for comparison.md, .json, .png and flips.jsonl; earlier ones are replaced
 
 # ---- Verdict ----
@@ -36,249 +36,86 @@ FAMILY_ERROR = 0.05  # in (0, 1); how often at most a table without any real cha
 
 # ==== Facts ====
 
-# The published baseline's rows: lm_eval task, label, metric, score of random guessing. Other tasks show all metrics.
+# The published baseline's rows: lm_eval task, label, metric. Other tasks show all metrics.
 KNOWN_ROWS = (
-    ("arc_challenge", "ARC-Challenge", "acc_norm", 0.25),
-    ("arc_easy", "ARC-Easy", "acc_norm", 0.25),
-    ("hellaswag", "HellaSwag", "acc_norm", 0.25),
-    ("piqa", "PIQA", "acc", 0.5),
-    ("winogrande", "Winogrande", "acc", 0.5),
-    ("lambada_openai", "Lambada (OpenAI)", "acc", None),
-    ("lambada_openai", "Lambada (OpenAI)", "perplexity", None),
-    ("mmlu", "MMLU (overall)", "acc", 0.25),
-    ("mmlu_humanities", "MMLU: Humanities", "acc", 0.25),
-    ("mmlu_stem", "MMLU: STEM", "acc", 0.25),
-    ("mmlu_social_sciences", "MMLU: Social Sciences", "acc", 0.25),
-    ("mmlu_other", "MMLU: Other", "acc", 0.25),
+    ("arc_challenge", "ARC-Challenge", "acc_norm"),
+    ("arc_easy", "ARC-Easy", "acc_norm"),
+    ("hellaswag", "HellaSwag", "acc_norm"),
+    ("piqa", "PIQA", "acc"),
+    ("winogrande", "Winogrande", "acc"),
+    ("lambada_openai", "Lambada (OpenAI)", "acc"),
+    ("lambada_openai", "Lambada (OpenAI)", "perplexity"),
+    ("mmlu", "MMLU (overall)", "acc"),
+    ("mmlu_humanities", "MMLU: Humanities", "acc"),
+    ("mmlu_stem", "MMLU: STEM", "acc"),
+    ("mmlu_social_sciences", "MMLU: Social Sciences", "acc"),
+    ("mmlu_other", "MMLU: Other", "acc"),
 )
-# What must have which shape, where it is there: a type, {key: shape} with "*" for every other key, [shape of each].
-RESULTS = {"results": {"*": {"alias": str}}, "configs": {"*": {"metric_list": ([{"metric": str}], type(None))}}}
-RESULTS |= {"higher_is_better": {"*": {}}, "group_subtasks": {"*": [str]}, "config": {"model_args": (str, {})}}
-RESULTS |= {"versions": {}, "n-shot": {}, "task_hashes": {}}
-FACTS = {"files_sha256": {}, "versions": {}}  # of run.json
-
-
-# ==== Reading one run ====
-
-
-def fits(value, shape):
-    """Return whether a JSON value has a shape (see RESULTS); a tuple gives several."""
-    if isinstance(shape, tuple):
-        return any(fits(value, one) for one in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(part, shape[0]) for part in value)
-    if isinstance(shape, dict):
-        parts = value.items() if isinstance(value, dict) else ()
-        return isinstance(value, dict) and all(fits(part, shape.get(k, shape.get("*", object))) for k, part in parts)
-    return isinstance(value, shape)
-
-
-def finite(value):
-    """Return whether a JSON value is a number to calculate with: JSON in Python knows NaN, and integers of any size."""
-    return isinstance(value, int | float) and abs(value) < 1e100
-
-
-def read_json(path, shapes):
-    """Parse a JSON file, an object. Raises: SystemExit naming the file when it is not whole or has another shape."""
-    value = files.read_json(path, "run_eval.sh")
-    if wrong := [key for key, shape in shapes.items() if key in value and not fits(value[key], shape)]:
-        raise SystemExit(f"{path}: its {wrong[0]} has not the form that lm_eval 0.4 writes. Run run_eval.sh again.")
-    return value
-
-
-def read_run(folder):
-    """Read the newest results of a run folder.
-
-    Returns: lm_eval's results dict with three more keys: `folder`, `results_file` (Path) and `run` (run.json or {}).
-    Raises: SystemExit for a missing folder, no results, broken JSON, or a JSON that is not lm_eval's.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise SystemExit(f"There is no folder {folder}. `bash run_eval.sh before` and `after` write the two runs.")
-    # lm_eval writes into a folder named after the model; the time in the file's name sorts.
-    found = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
-    if not found:
-        raise SystemExit(f"No results_*.json under {folder}: lm_eval did not finish there. Run run_eval.sh again.")
-    if len(found) > 1:
-        print(f"{folder} holds {len(found)} results; the newest is used: {found[-1].name}")
-    result = read_json(found[-1], RESULTS)
-    missing = [k for k in ("results", "versions", "n-shot", "configs", "config", "lm_eval_version") if k not in result]
-    if missing:
-        raise SystemExit(f"{found[-1]} is not a results file of lm_eval 0.4: it has no {', '.join(missing)}.")
-    facts = folder / "run.json"
-    result |= {"folder": folder, "results_file": found[-1]}
-    return result | {"run": read_json(facts, FACTS) if facts.exists() else {}}
-
-
-def read_samples(run, task):
-    """Read the logged questions of one task: {(filter, doc_id): sample}. Raises: SystemExit if missing or broken."""
-    path = run["results_file"].parent / (run["results_file"].name.replace("results_", f"samples_{task}_") + "l")
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise SystemExit(
-            f"The logged questions of {task} are missing: {path}. Run lm_eval with --log_samples, as run_eval.sh does."
-        )
-    samples = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                sample = json.loads(line.decode())
-                samples[sample["filter"], operator.index(sample["doc_id"])] = sample
-                # lm_eval takes the first choice for a model that answers NaN, and calls it right or wrong.
-                broken = any(answer[0] == "nan" for answer in sample["filtered_resps"] if isinstance(answer, list))
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise SystemExit(f"{path}, line {number}, is not a logged question of lm_eval.") from None
-            if broken:
-                raise SystemExit(f"{path}, line {number}: the model answered NaN; its weights or its dtype are broken.")
-    return samples
-
-
-# ==== The gate: were the two runs measured alike? ====
-
-
-def how_measured(run):
-    """Two dicts {what: value}: what must be equal in both runs of a comparison, and what may move scores a little."""
-    config, facts = run["config"], run["run"]
-    arguments = config.get("model_args", {})
-    if isinstance(arguments, str):
-        arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
-    must = {"tasks": ", ".join(sorted(run["results"])), "lm_eval": run["lm_eval_version"]}
-    must["model arguments"] = {name: value for name, value in arguments.items() if name != "pretrained"}
-    for name in ("limit", "model_dtype", "gen_kwargs", "random_seed", "numpy_seed", "torch_seed", "fewshot_seed"):
-        must[name] = config.get(name)
-    for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn", "max_length"):
-        must[name] = run.get(name)
-    if "adds_bos" in facts:
-        must["BOS put before each prompt"] = facts["adds_bos"]
-    # The task hash covers every question, prompt and target, so also few-shot examples and templates.
-    for name, key in (("version", "versions"), ("few-shot", "n-shot"), ("hash of the prompts", "task_hashes")):
-        must |= {f"{name} of {task}": value for task, value in run.get(key, {}).items()}
-    may = {name: config.get(name) for name in ("batch_size", "batch_sizes", "device")}
-    may |= {"transformers": run.get("transformers_version"), "device's name": facts.get("device")}
-    may["torch"] = facts.get("versions", {}).get("torch")
-    return must, may
-
-
-def agree(before, after):
-    """Compare how two runs were measured.
-
-    Returns: list of sentences: what differs and may move scores a little, and what looks wrong with a run.
-    Raises: SystemExit listing the differences that make the scores incomparable.
-    """
-    (must, may), (other_must, other_may) = how_measured(before), how_measured(after)
-    apart = [
-        f"  {name}: {value} before, {other_must[name]} after"
-        for name, value in must.items()
-        if name in other_must and value != other_must[name]
-    ]
-    if apart:
-        more = [f"  and {len(apart) - 8} more"] if len(apart) > 8 else []
-        raise SystemExit(
-            f"{before['folder']} and {after['folder']} were measured differently, so they cannot be compared:\n"
-            + "\n".join(apart[:8] + more)
-            + "\nMeasure one of them again with the settings of the other."
-        )
-    notes = [
-        f"{name} differs ({value} before, {other_may[name]} after); scores can move slightly with it."
-        for name, value in may.items()
-        if value != other_may[name]
-    ]
-    weights = [
-        {name: digest for name, digest in run["run"].get("files_sha256", {}).items() if name.endswith(".safetensors")}
-        for run in (before, after)
-    ]
-    if weights[0] and weights[0] == weights[1]:
-        notes.append("both runs measured the very same weights.")
-    for side, run in (("before", before), ("after", after)):
-        perplexity = run["results"].get("lambada_openai", {}).get("perplexity,none")
-        if finite(perplexity) and perplexity > 10_000:
-            notes.append(
-                f"{side}: Lambada's perplexity is that of a model that cannot read plain text. Such a model is usually "
-                "a broken import or export (rotary layout, key names, tokenizer), not a weak one."
-            )
-    return notes
-
+NUMBERS = [(int, float)]
+# The shape of assistant.json.
+ASSISTANT = {"rows": [{"label": str, "metric": str, "before": NUMBERS, "after": NUMBERS, "weights": NUMBERS}]}
 
 # ==== Rows ====
 
 
 def plan_rows(run):
-    """List the table's rows from one run's results: (task, label, metric key "name,filter", chance or None)."""
+    """List the table's rows from one run's results: (task, label, metric key "name,filter", whether known)."""
     results, rows = run["results"], []
     hidden = {task for task, *_ in KNOWN_ROWS}
-    for task, label, metric, chance in KNOWN_ROWS:
+    for task, label, metric in KNOWN_ROWS:
         if task in results:
-            rows.append((task, label, f"{metric},none", chance))
+            rows.append((task, label, f"{metric},none", True))
             if task.startswith("mmlu"):  # the 57 subjects are in their groups
-                hidden.update(run.get("group_subtasks", {}).get(task, ()))
+                hidden.update(run["group_subtasks"].get(task, ()))
     for task in results:
         if task not in hidden:
             declared = [m["metric"] for m in run["configs"].get(task, {}).get("metric_list") or () if "metric" in m]
             keys = [k for k in results[task] if "," in k and not k.split(",")[0].endswith("_stderr")]
             keys += [f"{metric},none" for metric in declared if not any(k.split(",")[0] == metric for k in keys)]
-            rows += [(task, results[task].get("alias", task).strip(" -"), key, "guess") for key in keys]
+            rows += [(task, results[task].get("alias", task).strip(" -"), key, False) for key in keys]
     return rows
 
 
-def value_of(run, task, key):
-    """The metric's value and its standard error (None if lm_eval gives none). Raises: SystemExit if missing or NaN."""
-    name, _, kind = key.partition(",")
-    value = run["results"][task].get(key)
-    if not finite(value) or (name == "perplexity" and value <= 0):
-        found = "is missing" if value is None else f"is {value}"
-        raise SystemExit(
-            f"The metric {name} of {task} {found} in {run['results_file']}. A model with broken weights gives NaN or "
-            "infinity; a task that stopped half way leaves it out. Measure it again."
-        )
-    stderr = run["results"][task].get(f"{name}_stderr,{kind}")
-    return value, stderr if finite(stderr) else None
+def mean_and_stderr(numbers, weights):
+    """The weighted mean of a list of numbers, one per question, and its standard error (None for a single one)."""
+    n, total = len(numbers), math.fsum(weights)
+    mean = math.fsum(w * x for x, w in zip(numbers, weights, strict=True)) / total
+    square = math.fsum((w * (x - mean)) ** 2 for x, w in zip(numbers, weights, strict=True))
+    return mean, math.sqrt(square * n / (n - 1)) / total if n > 1 else None
 
 
-def leaves(run, task, above=()):
-    """The tasks below a group, in order; a task itself. Raises: SystemExit if a group is below itself."""
-    if task in above:
-        raise SystemExit(f"{run['results_file']}: the group {task} is a part of itself. Run run_eval.sh again.")
-    below = run.get("group_subtasks", {}).get(task)
-    return [leaf for child in below for leaf in leaves(run, child, (*above, task))] if below else [task]
-
-
-def pairs_of(before, after, tasks, kind, cache):
-    """Pair the logged questions of both runs: list of (task, sample before, sample after), for one filter (`kind`)."""
-    pairs = []
-    for task in tasks:
-        if task not in cache:
-            cache[task] = read_samples(before, task), read_samples(after, task)
-        first, second = ({doc: s for (k, doc), s in side.items() if k == kind} for side in cache[task])
-        if set(first) != set(second):
-            raise SystemExit(f"The logged questions of {task} differ between the runs; a file was cut or edited.")
-        pairs += [(task, first[doc], second[doc]) for doc in sorted(first)]
-    return pairs
-
-
-def sign_test(ups, downs):
-    """Exact two-sided p-value that `ups` and `downs` come from a fair coin (McNemar's exact test)."""
-    flips, term, tail = ups + downs, 1, 0
-    for k in range(min(ups, downs) + 1):
-        tail += term
-        term = term * (flips - k) // (k + 1)
-    return min(1.0, 2 * tail / 2**flips)
-
-
-def paired(first, second):
+def paired(first, second, weights):
     """The paired difference of two equally long lists of at least two numbers; right/wrong scores are 0 and 1.
 
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
     downs (numbers that rose and fell).
     """
-    n, gaps = len(first), [b - a for a, b in zip(first, second, strict=True)]
+    from scipy.stats import binomtest, norm  # takes half a second; what is refused, is refused before
+
+    gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups, downs = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
-    mean = math.fsum(gaps) / n
-    stderr = math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / (n - 1) / n)
-    if set(first) | set(second) <= {0, 1}:
-        p = sign_test(ups, downs)
+    mean, stderr = mean_and_stderr(gaps, weights)
+    if set(first) | set(second) <= {0, 1}:  # McNemar's exact test
+        p = float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
     else:  # the normal approximation, where there are enough questions for it
-        p = 2 * NormalDist().cdf(-abs(mean) / stderr) if n >= 30 and stderr > 0 else 1.0
+        p = 2 * float(norm.sf(abs(mean) / stderr)) if len(gaps) >= 30 and stderr > 0 else 1.0
     interval = [mean - 1.96 * stderr, mean + 1.96 * stderr]
     return {"difference": mean, "stderr": stderr, "interval": interval, "p": p, "ups": ups, "downs": downs}
+
+
+def per_question(samples, name, log_scale):
+    """Return (a number for each question, their weights), or None where lm_eval logs none.
+
+    A metric that is a list, such as one verdict for each instruction of a question, counts by its length.
+    """
+    found = [sample.get(name) for sample in samples]
+    lists = [value if isinstance(value, list) and value else [value] for value in found]
+    if len(found) < 2 or not all(isinstance(x, int | float) for values in lists for x in values):
+        return None
+    if not all(finite(x) for values in lists for x in values):
+        return [math.nan] * len(lists), [1] * len(lists)
+    sign = -1 if log_scale else 1  # lm_eval logs the target's log-likelihood as its "perplexity"
+    return [sign * math.fsum(values) / len(values) for values in lists], [len(values) for values in lists]
 
 
 def compare_row(before, after, planned, cache):
@@ -287,36 +124,32 @@ def compare_row(before, after, planned, cache):
     Returns: the row's facts (a dict; `paired` is None where lm_eval does not average one number per question), and the
     flipped questions as list of (task, sample before, sample after).
     """
-    task, label, key, chance = planned
+    task, label, key, known = planned
     name, _, kind = key.partition(",")
     log_scale = name == "perplexity"
     pairs = pairs_of(before, after, leaves(before, task), kind, cache)
-    higher = before.get("higher_is_better", {}).get(task, {}).get(name)
+    higher = before["higher_is_better"].get(task, {}).get(name)
     row = {"label": label, "task": task, "metric": name if kind == "none" else f"{name} ({kind})"}
     row |= {"questions": len(pairs), "log_scale": log_scale, "paired": None}
     row["higher_is_better"] = not log_scale if higher is None else higher
-    row["chance"] = guess_rate(pairs, before, name) if chance == "guess" else chance
+    row["chance"] = guess_rate(pairs, before, name)
     scores = []
     for side, run, place in (("before", before, 1), ("after", after, 2)):
         value, stderr = value_of(run, task, key)
         row[side] = {"value": value, "stderr": stderr}
-        numbers = [pair[place].get(name) for pair in pairs]
-        if len(numbers) > 1 and all(isinstance(x, int | float) for x in numbers):
-            # lm_eval logs the target's log-likelihood as its "perplexity"
-            numbers = [-x for x in numbers] if log_scale else numbers
-            mean = math.fsum(numbers) / len(numbers) if all(map(finite, numbers)) else math.nan
+        if found := per_question([pair[place] for pair in pairs], name, log_scale):
             expected = math.log(value) if log_scale else value
-            if math.isclose(mean, expected, rel_tol=1e-6, abs_tol=1e-9):
-                scores.append(numbers)
-            elif chance != "guess":
+            if math.isclose(mean_and_stderr(*found)[0], expected, rel_tol=1e-6, abs_tol=1e-9):
+                scores.append(found)
+            elif known:
                 raise SystemExit(
-                    f"{name} of {task} is {value} in {run['results_file']}, but its logged questions give another "
+                    f"{name} of {task} is {value} in {run['file_of'][task]}, but its logged questions give another "
                     "value: they are of another run or were edited. Measure it again."
                 )
-    if len(scores) < 2:
+    if len(scores) < 2 or scores[0][1] != scores[1][1]:
         return row, []
-    row["paired"] = paired(*scores)
-    return row, [pair for pair in pairs if {pair[1][name], pair[2][name]} == {0, 1}]
+    row["paired"] = paired(scores[0][0], *scores[1])
+    return row, [pair for pair in pairs if [pair[1][name], pair[2][name]] in ([0, 1], [1, 0])]
 
 
 def compare(before, after, family_error):
@@ -362,6 +195,63 @@ def give_verdicts(rows, family_error):
         row.setdefault("verdict", "not tested")
 
 
+def assistant_rows(folder):
+    """Return (rows, notes) of the built-in check that was written into a run's folder, ([], []) if there is none.
+
+    Each of its rows has a number for each item before and after, and the items' weights.
+    """
+    path = Path(folder) / "assistant.json"
+    if not path.exists():
+        return [], []
+    check, rows = read_json(path, ASSISTANT), []
+    for entry in check["rows"]:
+        first, second, weights = entry["before"], entry["after"], entry["weights"]
+        if not len(first) == len(second) == len(weights) > 0 or not all(map(finite, first + second + weights)):
+            raise SystemExit(f"{path}: the numbers of {entry['label']} are not pairs. Run assistant_check.py again.")
+        row = {"label": entry["label"], "task": entry["label"], "metric": entry["metric"], "questions": len(first)}
+        row |= {"log_scale": False, "higher_is_better": entry["metric"] != "loss", "chance": None}
+        for side, numbers in (("before", first), ("after", second)):
+            row[side] = dict(zip(("value", "stderr"), mean_and_stderr(numbers, weights), strict=True))
+        rows.append(row | {"paired": paired(first, second, weights) if len(first) > 1 else None})
+    return rows, check["notes"]
+
+
+def section(title, before, after, family_error):
+    """Compare two run folders. Returns: (dict of title, rows, notes, limit and how it was measured; flips)."""
+    first, second = read_run(before), read_run(after)
+    notes = agree(first, second)
+    rows, flips = compare(first, second, family_error)
+    limit = first["config"].get("limit")
+    how = " against ".join(f"`{run.get('model_name')}`" for run in (first, second))
+    how += f"; lm_eval {first['lm_eval_version']}, {first['config'].get('model_dtype')}, batch size "
+    how += (
+        f"{first['config'].get('batch_size')}, {'with' if first.get('chat_template_sha') else 'without'} chat template"
+    )
+    part = {"title": title, "rows": rows, "notes": notes, "how": f"{how}."}
+    return part | {"limit": f"{limit:g}" if finite(limit) and limit else limit}, flips
+
+
+def sections(before, after, family_error):
+    """Compare two runs in all that was measured: lm_eval, lm_eval through the chat template, the built-in check.
+
+    Returns: (list of what `section` gives, flipped questions).
+    """
+    parts, flips = [], []
+    chat = [f"{folder}-chat" for folder in (before, after)]
+    asked = [("lm_eval", before, after)]
+    if all(Path(folder).is_dir() for folder in chat):
+        asked.append(("lm_eval through the chat template", *chat))
+    for title, *folders in asked:
+        part, flipped = section(title, *folders, family_error)
+        parts.append(part)
+        flips += [{"part": title} | flip for flip in flipped]
+    rows, notes = assistant_rows(after)
+    if rows:
+        give_verdicts(rows, family_error)
+        parts.append({"title": "Is it a better assistant?", "rows": rows, "notes": notes, "how": "", "limit": None})
+    return parts, flips
+
+
 # ==== Showing ====
 
 
@@ -382,10 +272,17 @@ def above_chance(row):
     return "both" if len(sides) == 2 else "".join(sides) or "neither"
 
 
-def table(rows):
-    """The rows as an aligned Markdown table."""
-    heads = "Task|Metric|Questions|Chance|Before ± SE|After ± SE|Difference ± paired SE|Difference / SE|95% interval|"
-    lines = [(heads + "Verdict|Above chance").split("|")]
+def aligned(lines):
+    """Lists of cells, the first of them the head, as the lines of an aligned Markdown table."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+
+
+def table(rows, limit):
+    """The rows as an aligned Markdown table; `limit`: questions per task of a quick look, or None."""
+    heads = "Metric|Questions|Chance|Before ± SE|After ± SE|Difference ± paired SE|Difference / SE|95% interval|"
+    lines = [[f"Task (LIMIT={limit})" if limit else "Task", *(heads + "Verdict|Above chance").split("|")]]
     for row in rows:
         pair, log = row["paired"], row["log_scale"]
         cells = [row["label"], row["metric"], f"{row['questions']:,}"]
@@ -393,48 +290,65 @@ def table(rows):
         cells += [f"{number(row[s]['value'], log)} ± {number(row[s]['stderr'], log)}" for s in ("before", "after")]
         if pair:
             low, high = (number(end, signed=True) for end in pair["interval"])
-            difference = ("ln " if log else "") + number(pair["difference"], signed=True)
             ratio = f"{pair['difference'] / pair['stderr']:+.1f}" if pair["stderr"] > 0 else "-"
-            cells += [f"{difference} ± {number(pair['stderr'])}", ratio, f"{low} to {high}"]
+            cells += [f"{difference(row)} ± {number(pair['stderr'])}", ratio, f"{low} to {high}"]
         else:
-            cells += [number(row["after"]["value"] - row["before"]["value"], signed=True), "-", "-"]
+            cells += [difference(row), "-", "-"]
         lines.append([*cells, row["verdict"], above_chance(row)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    return aligned(lines)
 
 
-def markdown(rows, before, after, notes, family_error):
-    """The comparison as a Markdown page."""
-    limit = before["config"].get("limit")
-    limit = f"{limit:g}" if finite(limit) and limit else limit
-    models = " against ".join(f"`{run.get('model_name')}`" for run in (before, after))
-    page = ["# What fine-tuning changed", "", f"{models}.", ""]
-    if limit:
-        page += [f"**A quick look (LIMIT={limit}): only a part of each task was measured.**", ""]
+def difference(row):
+    """The row's difference as the tables show it; without pairs it is that of the two values."""
+    change = row["paired"]["difference"] if row["paired"] else row["after"]["value"] - row["before"]["value"]
+    return ("ln " if row["log_scale"] and row["paired"] else "") + number(change, signed=True)
+
+
+def seeds_table(names, seeds):
+    """The differences of several runs of one recipe side by side. names: theirs; seeds: for each its list of parts."""
+    lines = [["Task", "Metric", *names, "Verdicts"]]
+    by_row = [{(p["title"], r["label"], r["metric"]): r for p in parts for r in p["rows"]} for parts in seeds]
+    for key in by_row[0]:
+        rows = [found[key] for found in by_row if key in found]
+        if len(rows) == len(seeds):
+            verdicts = list(dict.fromkeys(row["verdict"] for row in rows))
+            lines.append([*key[1:], *map(difference, rows), ", ".join(verdicts)])
+    return aligned(lines)
+
+
+def markdown(parts, names, others, family_error):
+    """The comparison as a Markdown page.
+
+    parts: of `sections`; names: of AFTER and of the other seeds' runs; others: the parts of each of the latter.
+    """
+    page = ["# What fine-tuning changed", ""]
+    for part in parts:
+        page += [f"## {part['title']}", ""]
+        page += [part["how"], ""] if part["how"] else []
+        if part["limit"]:
+            page += [f"**A quick look (LIMIT={part['limit']}): only a part of each task was measured.**", ""]
+        page += [*table(part["rows"], part["limit"]), "", *(f"Note: {note}\n" for note in part["notes"])]
+    if others:
+        page += ["## Other seeds", "", "The same recipe with other seeds: each run's difference to before.", ""]
+        page += [*seeds_table(names, [parts, *others]), ""]
     page += [
-        *table(rows),
-        "",
         "Before, After: score ± its own standard error (SE); above chance: by more than two of those. Difference: "
-        "paired by question; perplexity as its natural logarithm (ln), where lower is better. Verdict: corrected over "
-        f"all rows (Holm): without any real change at most {family_error:.0%} of such tables show 'better' or 'worse'.",
-        "",
-        f"lm_eval {before['lm_eval_version']}, {before['config'].get('model_dtype')}, batch size "
-        f"{before['config'].get('batch_size')}, "
-        f"{'with' if before.get('chat_template_sha') else 'without'} chat template.",
-        *(f"\nNote: {note}" for note in notes),
+        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. Verdict: "
+        "corrected over all rows of its table (Holm): without any real change at most "
+        f"{family_error:.0%} of such tables show 'better' or 'worse'."
     ]
     return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
 
 
-def chart(rows, path):
-    """Draw every accuracy before and after, with its 95% interval and the chance line, as a PNG."""
+def chart(parts, path):
+    """Draw every score between 0 and 1 before and after, with its 95% interval and the chance line, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if not row["log_scale"] and 0 <= row["before"]["value"] <= 1 >= row["after"]["value"]]
+    rows = [row for part in parts for row in part["rows"] if row["higher_is_better"] and not row["log_scale"]]
+    shown = [row for row in rows if 0 <= row["before"]["value"] <= 1 >= row["after"]["value"] >= 0]
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(shown)), layout="constrained")
     for side, color, shift in (("before", "tab:gray", -0.12), ("after", "tab:blue", 0.12)):
         axes.errorbar(
@@ -449,27 +363,27 @@ def chart(rows, path):
     )
     axes.set_yticks(range(len(shown)), [f"{row['label']} ({row['metric']})" for row in shown])
     axes.invert_yaxis()
-    axes.set_xlabel("score, with 95% interval")
+    limits = {f"LIMIT={part['limit']}" for part in parts if part["limit"]}
+    axes.set_xlabel(", ".join(["score, with 95% interval", *limits]))
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def main(run_settings):
-    before, after = read_run(BEFORE), read_run(AFTER)
     if not 0 < FAMILY_ERROR < 1:
         raise SystemExit(f"FAMILY_ERROR is {FAMILY_ERROR}, but must lie between 0 and 1.")
-    notes = agree(before, after)
-    rows, flips = compare(before, after, FAMILY_ERROR)
-    page = markdown(rows, before, after, notes, FAMILY_ERROR)
-    output = Path(OUTPUT)
+    parts, flips = sections(BEFORE, AFTER, FAMILY_ERROR)
+    others = [sections(BEFORE, folder, FAMILY_ERROR)[0] for folder in OTHER_SEEDS]
+    names = [Path(folder).name for folder in (AFTER, *OTHER_SEEDS)]
+    page, output = markdown(parts, names, others, FAMILY_ERROR), Path(OUTPUT)
+    facts = {"settings": run_settings, "parts": parts, "other_seeds": dict(zip(names[1:], others, strict=True))}
     output.mkdir(parents=True, exist_ok=True)
     (output / "comparison.md").write_text(page, encoding="utf-8")
-    facts = {"settings": run_settings, "notes": notes, "limit": before["config"].get("limit"), "rows": rows}
     (output / "comparison.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     with (output / "flips.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(flip, ensure_ascii=False) + "\n" for flip in flips)
-    chart(rows, output / "comparison.png")
+    chart(parts, output / "comparison.png")
     print(page)
 
 

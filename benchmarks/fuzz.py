@@ -346,17 +346,15 @@ def make_results(rng):
 
 
 def feed_results(world, *sides):
-    compare_evals, runs = world.compare_evals, []
-    for folder, files in zip((world.folder / "before", world.folder / "after"), sides, strict=True):
+    folders = [world.folder / "before", world.folder / "after"]
+    for folder, files in zip(folders, sides, strict=True):
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "m").mkdir(parents=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        runs.append(compare_evals.read_run(folder))
-    notes = compare_evals.agree(*runs)
-    rows, flips = compare_evals.compare(*runs, 0.05)
-    json.dumps([rows, flips])
-    compare_evals.markdown(rows, *runs, notes, 0.05).encode()
+    parts, flips = world.compare_evals.sections(*folders, 0.05)
+    json.dumps([parts, flips])
+    world.compare_evals.markdown(parts, ["after"], [], 0.05).encode()
 
 
 def make_tokenizer(rng):

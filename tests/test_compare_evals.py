@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import compare_evals
+import eval_results
 
 SCRIPT = Path(__file__).parents[1] / "compare_evals.py"
 TIME = "2026-01-02T03-04-05.678901"
@@ -17,6 +18,7 @@ TIME = "2026-01-02T03-04-05.678901"
 def write_run(folder, tasks, groups=None, change=None, choices=4, time=TIME):
     """Write an lm_eval result: tasks = {task: {metric: scores per question}}, groups = {group: [tasks]}.
 
+    choices: number of answers to choose from, for all tasks or {task: number}; 0 for a task without.
     `change(results)` edits the results JSON before it is written.
     """
     model = folder / "models__x"
@@ -24,6 +26,7 @@ def write_run(folder, tasks, groups=None, change=None, choices=4, time=TIME):
     results, configs = {}, {}
     for task, metrics in tasks.items():
         (n,) = {len(scores) for scores in metrics.values()}
+        offered = choices.get(task, 4) if isinstance(choices, dict) else choices
         entry = results[task] = {"name": task, "alias": task, "sample_len": n}
         for metric, scores in metrics.items():
             mean = sum(scores) / n
@@ -34,9 +37,10 @@ def write_run(folder, tasks, groups=None, change=None, choices=4, time=TIME):
         with (model / f"samples_{task}_{time}.jsonl").open("w") as file:
             for i in range(n):
                 sample = {"doc_id": i, "doc": {"q": i}, "filter": "none", "filtered_resps": [["-1.0", "False"]]}
-                sample["arguments"] = {f"gen_args_{c}": {} for c in range(choices)}
+                sample["arguments"] = {f"gen_args_{c}": {} for c in range(offered or 1)}
                 file.write(json.dumps(sample | {metric: scores[i] for metric, scores in metrics.items()}) + "\n")
-        configs[task] = {"output_type": "multiple_choice", "metric_list": [{"metric": metric} for metric in metrics]}
+        kind = "multiple_choice" if offered else "loglikelihood"
+        configs[task] = {"output_type": kind, "metric_list": [{"metric": metric} for metric in metrics]}
     for group, members in (groups or {}).items():
         scores = [s for task in leaf_tasks(groups, members) for s in tasks[task]["acc"]]
         results[group] = {"alias": group, "acc,none": sum(scores) / len(scores), "acc_stderr,none": 0.0036}
@@ -86,7 +90,7 @@ def pair(tmp_path, before, after, **options):
 
 
 def rows_of(tmp_path):
-    return json.loads((tmp_path / "eval-results/comparison.json").read_text())["rows"]
+    return json.loads((tmp_path / "eval-results/comparison.json").read_text())["parts"][0]["rows"]
 
 
 def refused(tmp_path, *flags):
@@ -96,6 +100,8 @@ def refused(tmp_path, *flags):
     assert not (tmp_path / "eval-results/comparison.md").exists()
     return done.stderr
 
+
+mine = {"mine": {"acc": share(3, 9)}}
 
 # ---- The published baseline ----
 
@@ -125,7 +131,8 @@ mmlu = {
 
 
 def test_published_table_in_its_rows_and_rounding(tmp_path):
-    pair(tmp_path, published, published, groups=mmlu)
+    choices = {"piqa": 2, "winogrande": 2, "lambada_openai": 0}
+    pair(tmp_path, published, published, groups=mmlu, choices=choices)
     done = compare(tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
@@ -178,7 +185,7 @@ def test_paired_difference_by_hand(tmp_path):
     assert facts["paired"]["difference"] == pytest.approx(-0.01) and facts["verdict"] == "no difference seen"
     flips = [json.loads(line) for line in (tmp_path / "eval-results/flips.jsonl").read_text().splitlines()]
     assert len(flips) == 46 and flips[0] == {
-        "task": "persona", "metric": "acc", "before": 0.0, "after": 1.0, "doc": {"q": 0},
+        "part": "lm_eval", "task": "persona", "metric": "acc", "before": 0.0, "after": 1.0, "doc": {"q": 0},
     }  # fmt: skip
 
 
@@ -200,11 +207,22 @@ def test_perplexity_on_a_log_scale_lower_is_better(tmp_path):
     assert row["before"]["value"] == pytest.approx(math.exp(3.03)) and row["chance"] is None
 
 
-def test_sign_test_is_exact():
-    assert compare_evals.sign_test(0, 0) == 1
-    assert compare_evals.sign_test(2, 0) == 0.5
-    assert compare_evals.sign_test(8, 1) == pytest.approx(2 * (1 + 9) / 2**9)
-    assert compare_evals.sign_test(3000, 3000) == 1
+def test_p_of_flipped_questions_is_that_of_the_exact_sign_test():
+    def p(ups, downs):
+        return compare_evals.paired(
+            [0] * ups + [1] * downs + [1], [1] * ups + [0] * downs + [1], [1] * (ups + downs + 1)
+        )
+
+    assert p(1, 0)["p"] == p(0, 1)["p"] == 1 and p(2, 0)["p"] == 0.5
+    assert p(8, 1)["p"] == pytest.approx(2 * (1 + 9) / 2**9)
+    assert p(3000, 3000)["p"] == 1
+
+
+def test_weighted_mean_and_its_error():
+    mean, stderr = compare_evals.mean_and_stderr([1.0, 2.0, 4.0], [1, 1, 2])
+    assert mean == 2.75  # residuals 1.75, 0.75 and 2 * 1.25; their squares' sum 9.875
+    assert stderr == pytest.approx(math.sqrt(9.875 * 3 / 2) / 4)
+    assert compare_evals.mean_and_stderr([5.0], [3]) == (5.0, None)
 
 
 def test_holm_corrects_for_the_number_of_rows():
@@ -259,21 +277,96 @@ def test_quick_look_and_other_batch_size_are_marked(tmp_path):
     write_run(tmp_path / "eval-results/after", tasks, change=limited("16"))
     done = compare(tmp_path)
     assert (
-        done.returncode == 0 and "LIMIT=9" in done.stdout and "batch_size differs (8 before, 16 after)" in done.stdout
+        done.returncode == 0
+        and "| Task (LIMIT=9) " in done.stdout
+        and "batch_size differs (8 before, 16 after)" in done.stdout
     )
 
 
-def test_newest_of_two_results_is_used(tmp_path):
-    write_run(tmp_path / "eval-results/before", {"mine": {"acc": share(3, 9)}}, time="2025-01-01T00-00-00.000000")
+def test_a_metric_of_several_verdicts_per_question_is_paired_with_their_number_as_weight(tmp_path):
+    def lists(*rights):
+        return [[i < right for i in range(2 if n % 2 else 1)] for n, right in enumerate(rights)]
+
+    def write(side, values):
+        flat = [x for value in values for x in value]
+
+        def change(document):
+            document["results"]["ifeval"]["inst_level_strict_acc,none"] = sum(flat) / len(flat)
+
+        folder = tmp_path / "eval-results" / side
+        write_run(folder, {"ifeval": {"x": [0.0] * len(values)}}, change=change, choices=0)
+        path = folder / f"models__x/samples_ifeval_{TIME}.jsonl"
+        samples = [json.loads(line) for line in path.read_text().splitlines()]
+        samples = [s | {"inst_level_strict_acc": value} for s, value in zip(samples, values, strict=True)]
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+
+    write("before", lists(0, 0, 1, 1))
+    write("after", lists(1, 2, 1, 1))
+    assert compare(tmp_path).returncode == 0
+    row = next(row for row in rows_of(tmp_path) if row["metric"] == "inst_level_strict_acc")
+    assert row["before"]["value"] == pytest.approx(2 / 6) and row["after"]["value"] == pytest.approx(5 / 6)
+    assert row["paired"]["difference"] == pytest.approx(3 / 6) and row["chance"] is None
+
+
+def test_two_results_in_one_folder_are_refused_and_a_place_for_each_task_is_read(tmp_path):
+    write_run(tmp_path / "eval-results/before", mine, time="2025-01-01T00-00-00.000000")
     pair(tmp_path, {"mine": {"acc": share(6, 9)}}, {"mine": {"acc": share(6, 9)}})
+    assert "before holds two results of mine" in refused(tmp_path)
+    for side in ("before", "after"):
+        write_run(tmp_path / side / "mine", mine)
+        write_run(tmp_path / side / "piqa", {"piqa": {"acc": share(5, 9)}}, choices=2)
+    done = compare(tmp_path, "--before", "before", "--after", "after")
+    assert done.returncode == 0, done.stderr
+    assert [(row["task"], row["chance"]) for row in rows_of(tmp_path)] == [("piqa", 0.5), ("mine", 0.25)]
+    write_run(tmp_path / "after/more", {"more": {"acc": share(5, 9)}}, change=edit("config", limit=3.0))
+    done = compare(tmp_path, "--before", "before", "--after", "after")
+    assert done.returncode == 1 and "parts of one run that were measured differently: limit: None" in done.stderr
+
+
+def test_chat_pass_has_a_table_of_its_own_and_is_never_mixed_with_the_first(tmp_path):
+    def templated(document):
+        document.update(chat_template_sha="abc")
+
+    pair(tmp_path, mine, mine)
+    for side in ("before", "after"):
+        write_run(tmp_path / f"eval-results/{side}-chat", {"mine": {"acc": share(6, 9)}}, change=templated)
     done = compare(tmp_path)
-    assert "holds 2 results; the newest is used" in done.stdout
-    assert rows_of(tmp_path)[0]["before"]["value"] == pytest.approx(6 / 9)
+    assert done.returncode == 0 and "## lm_eval through the chat template" in done.stdout
+    parts = json.loads((tmp_path / "eval-results/comparison.json").read_text())["parts"]
+    assert [part["rows"][0]["before"]["value"] for part in parts] == [pytest.approx(3 / 9), pytest.approx(6 / 9)]
+    done = compare(tmp_path, "--after", "eval-results/after-chat")
+    assert done.returncode == 1 and "chat_template_sha: None before, abc after" in done.stderr
+
+
+def test_built_in_check_has_its_table_with_weights(tmp_path):
+    pair(tmp_path, mine, mine)
+    loss = {"label": "Held-out answers: tulu", "metric": "loss", "before": [3.0, 2.0] * 20, "after": [1.0, 1.5] * 20}
+    share = {"label": "Answers", "metric": "ended", "before": [0] * 8, "after": [1] * 8, "weights": [1] * 8}
+    check = {"rows": [loss | {"weights": [10, 30] * 20}, share], "notes": ["Measured on 40 conversations."]}
+    path = tmp_path / "eval-results/after/assistant.json"
+    path.write_text(json.dumps(check))
+    done = compare(tmp_path)
+    assert done.returncode == 0 and "## Is it a better assistant?" in done.stdout
+    assert "Note: Measured on 40 conversations." in done.stdout
+    loss, share = json.loads((tmp_path / "eval-results/comparison.json").read_text())["parts"][1]["rows"]
+    assert (loss["before"]["value"], loss["after"]["value"]) == (2.25, 1.375)
+    assert loss["paired"]["difference"] == pytest.approx(-0.875) and loss["verdict"] == "better"
+    assert share["verdict"] == "better" and share["paired"]["p"] == pytest.approx(2 / 2**8)
+    path.write_text(json.dumps(check | {"rows": [check["rows"][0] | {"after": [1.0]}]}))
+    done = compare(tmp_path)
+    assert done.returncode == 1 and "the numbers of Held-out answers: tulu are not pairs" in done.stderr
+
+
+def test_other_seeds_stand_side_by_side(tmp_path):
+    pair(tmp_path, {"mine": {"acc": share(10, 40)}}, {"mine": {"acc": share(30, 40)}})
+    write_run(tmp_path / "eval-results/seed43", {"mine": {"acc": share(12, 40)}})
+    done = compare(tmp_path, "--other-seeds", "eval-results/seed43")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert lines[-3] == ["Task", "Metric", "after", "seed43", "Verdicts"]
+    assert lines[-1] == ["mine", "acc", "+0.5000", "+0.0500", "better, no difference seen"]
 
 
 # ---- Bad input ----
-
-mine = {"mine": {"acc": share(3, 9)}}
 
 
 def edit(part, **values):
@@ -361,7 +454,7 @@ def test_a_logged_question_of_another_form_is_refused(tmp_path, line):
     write_run(tmp_path, mine)
     (tmp_path / f"models__x/samples_mine_{TIME}.jsonl").write_bytes(line)
     with pytest.raises(SystemExit, match="line 1, is not a logged question"):
-        compare_evals.read_samples(compare_evals.read_run(tmp_path), "mine")
+        eval_results.read_samples(compare_evals.read_run(tmp_path), "mine")
 
 
 @pytest.mark.parametrize("score", [math.nan, 10**400, 1e308])
