@@ -136,7 +136,7 @@ def how_measured(run):
     # The task hash covers every question, prompt and target, so also few-shot examples and templates.
     for name, key in (("version", "versions"), ("few-shot", "n-shot"), ("hash of the prompts", "task_hashes")):
         must |= {f"{name} of {task}": value for task, value in run[key].items()}
-    may = {name: config.get(name) for name in ("batch_size", "batch_sizes", "device")}
+    may = {name: config.get(name) for name in ("batch_size", "batch_sizes")}
     may |= {"transformers": run.get("transformers_version"), "device's name": facts.get("device")}
     may["torch"] = facts.get("versions", {}).get("torch")
     return must, may

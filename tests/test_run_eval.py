@@ -6,13 +6,20 @@ the Hub's. So everything runs offline and nothing of lm_eval is replaced.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from test_assistant_check import write_data as write_assistant_data
+from test_assistant_check import write_model, write_tokenizer
+from transformers import AutoTokenizer
+
+import eval_results
 
 REPO = Path(__file__).parents[1]
 SEVEN = ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai", "mmlu")
@@ -86,42 +93,48 @@ def write_own_task(folder):
     )
 
 
-# ---- A tiny model ----
-
-
-def write_model(folder, seed):
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["the cat sat on the mat"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1, **shape
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+def write_ifeval(root):
+    """Three of IFEval's instructions as google/IFEval has them, and nltk's punkt_tab without any abbreviation."""
+    asked = [
+        ("punctuation:no_comma", {}),
+        ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1}),
+        ("change_case:english_capital", {}),
+    ]
+    fields = ("relation", "num_sentences")
+    rows = [
+        {
+            "key": i,
+            "prompt": f"Answer {i}.",
+            "instruction_id_list": [name],
+            "kwargs": [{field: given.get(field) for field in fields}],
+        }
+        for i, (name, given) in enumerate(asked)
+    ]
+    write_dataset(root, "google/IFEval", {"default": {"train": rows}})
+    punkt = root / "nltk_data/tokenizers/punkt_tab/english"
+    punkt.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (punkt / name).write_text("")
 
 
 # ---- The runs ----
 
 
-def run_eval(place, *arguments, **environment):
+def environment_of(place, more):
+    return (
+        os.environ
+        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        | {"HF_HOME": str(place / "hf"), "NLTK_DATA": str(place / "nltk_data"), "DEVICE": "cpu", "CHECK_READING": "0"}
+        | {"ASSISTANT_FLAGS": "--answers 2 --max-new-tokens 8"}
+        | more
+    )
+
+
+def run_eval(place, *arguments, **more):
     return subprocess.run(
         ["bash", REPO / "run_eval.sh", *arguments],
         cwd=place,
-        env=os.environ
-        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        | {"HF_HOME": str(place / "hf"), "DEVICE": "cpu"}
-        | environment,
+        env=environment_of(place, more),
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -129,14 +142,32 @@ def run_eval(place, *arguments, **environment):
     )
 
 
+def killed_after_piqa(place, **more):
+    """Begin a run and kill it as soon as its first task is finished. Returns: the results of that task (Path)."""
+    started = subprocess.Popen(
+        ["bash", REPO / "run_eval.sh", "half", "models/base"], cwd=place, env=environment_of(place, more)
+    )
+    deadline = time.monotonic() + 200
+    while not (finished := list(place.glob("eval-results/.half.unfinished/piqa/*/results_*.json"))):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started.kill()  # bash has handed over to measure.py
+    started.wait()
+    return finished[0]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working directory with data, an own task, and models in the places that run_eval.sh expects."""
     root = tmp_path_factory.mktemp("eval")
     write_data(root)
+    write_ifeval(root)
     write_own_task(root / "own_tasks")
-    write_model(root / "models/base", seed=0)
-    write_model(root / "exports/sft_v1", seed=1)
+    base = write_tokenizer(root / "tokenizer")
+    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0)
+    extended = write_assistant_data(root / "data/sft_v1", base)
+    for seed, folder in enumerate(("checkpoints/base", "exports/sft_v1")):
+        write_model(root / folder, extended, seed, context=2048)
     return root
 
 
@@ -144,78 +175,150 @@ def place(tmp_path_factory):
 def runs(place):
     """All runs that load lm_eval, two at a time: each takes 10 to 30 seconds, most of it imports."""
     wide = place / "exports/wide"
-    write_model(wide, seed=2)
+    shutil.copytree(place / "exports/sft_v1", wide)
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
-    own = {"TASKS": "own", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
+    own = {"TASKS": "own,ifeval", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
     others = {
-        "own": (["own", "exports/sft_v1"], own | {"DTYPE": "float32", "MODEL_ARGS": "max_length=256"}),
-        "half_way": (["half", "models/base"], {"TASKS": "piqa,sciq"}),  # there is no data for sciq here
+        "own": (["own", "exports/sft_v1"], own | {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}),
         "unknown_task": (["unknown", "models/base"], {"TASKS": "piqa,nonsense"}),
         "no_gpu": (["gpu", "models/base"], {"DEVICE": "cuda:99"}),
         "wide": (["wide", "exports/wide"], {}),
+        "cannot_read": (["x", "models/base"], {"CHECK_READING": "1"}),
+        "limit": (["x", "models/base"], {"LIMIT": "few"}),
+        "no_data": (["after"], {"ASSISTANT_DATA": "data/nowhere"}),
     }
+
+    def resumed():
+        first = killed_after_piqa(place, TASKS="piqa,winogrande")
+        half = ["half", "models/base"]
+        found = {"first": (first, first.stat().st_mtime_ns)}
+        found["half_way"] = run_eval(place, *half, TASKS="piqa,sciq,winogrande")  # there is no data for sciq here
+        found["other_limit"] = run_eval(place, *half, TASKS="piqa,winogrande", LIMIT="1")
+        found["left_out"] = run_eval(place, *half, TASKS="piqa,winogrande")
+        return found
+
     with ThreadPoolExecutor(2) as pool:
         pair = pool.submit(lambda: {name: run_eval(place, name) for name in ("before", "after")})
         rest = {name: run_eval(place, *arguments, **more) for name, (arguments, more) in others.items()}
-        return pair.result() | rest
+        return rest | resumed() | pair.result()
 
 
 def results_of(place, name):
-    (path,) = (place / "eval-results" / name).glob("*/results_*.json")
-    return json.loads(path.read_text())
+    """What lm_eval wrote for each task of a run: {task: dict}."""
+    return {
+        path.parts[-3]: json.loads(path.read_text()) for path in (place / "eval-results" / name).glob("*/*/results_*")
+    }
 
 
-def test_seven_tasks_before_and_after_and_the_table(place, runs):
+def test_seven_tasks_before_and_after_and_the_report(place, runs):
     for name, model in (("before", "models/base"), ("after", "exports/sft_v1")):
         assert runs[name].returncode == 0, runs[name].stderr[-3000:]
         found = results_of(place, name)
-        assert set(SEVEN) <= set(found["results"])
-        assert found["config"]["model_args"] == {"pretrained": model, "dtype": "bfloat16"}
-        assert found["config"]["batch_size"] == "auto:2" and found["config"]["limit"] is None
-        assert len(list((place / "eval-results" / name).glob("*/samples_*.jsonl"))) == 6 + 57
+        assert set(found) == set(SEVEN)
+        for one in found.values():
+            assert one["config"]["model_args"] == {"pretrained": model, "dtype": "bfloat16"}
+            assert one["config"]["batch_size"] == "auto:2" and one["config"]["limit"] is None
+        assert len(list((place / "eval-results" / name).glob("*/*/samples_*.jsonl"))) == 6 + 57
         facts = json.loads((place / "eval-results" / name / "run.json").read_text())
         assert facts["tasks"] == list(SEVEN) and facts["adds_bos"] is False
+        assert facts["settings"]["SEEDS"] == "0,1234,1234,1234" and facts["settings"]["FEWSHOT"] == ""
         assert set(facts["versions"]) >= {"lm_eval", "torch", "transformers", "tokenizers", "datasets"}
         assert len(facts["files_sha256"]["model.safetensors"]) == 64
+        assert "plain text: " in runs[name].stdout and "CANNOT READ" in runs[name].stdout
     output = runs["after"].stdout
     for row in ("ARC-Challenge", "ARC-Easy", "HellaSwag", "PIQA", "Winogrande", "Lambada (OpenAI)", "MMLU (overall)"):
         assert f"| {row} " in output
     assert output.count("| MMLU: ") == 4 and "mmlu_anatomy" not in output
-    rows = json.loads((place / "eval-results/comparison.json").read_text())["rows"]
+    tasks, assistant = json.loads((place / "eval-results/comparison.json").read_text())["parts"]
+    rows = tasks["rows"]
     assert len(rows) == 12 and all(row["paired"] for row in rows)
     mmlu = next(row for row in rows if row["task"] == "mmlu")
-    assert mmlu["questions"] == 114
+    assert mmlu["questions"] == 114 and mmlu["chance"] == 0.25
     assert mmlu["paired"]["difference"] == pytest.approx(mmlu["after"]["value"] - mmlu["before"]["value"])
-    for file in ("comparison.md", "comparison.png", "flips.jsonl"):
+    labels = [row["label"] for row in assistant["rows"]]
+    assert labels[:4] == [f"Held-out answers: {source}" for source in ("a", "b", "all")] + ["Plain text"]
+    assert "| Answers that end by themselves " in output
+    for file in ("comparison.md", "comparison.png", "flips.jsonl", "after/answers.jsonl"):
         assert (place / "eval-results" / file).exists()
 
 
-def test_own_task_with_limit_template_and_other_settings(place, runs):
+def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_settings(place, runs):
     assert runs["own"].returncode == 0, runs["own"].stderr[-3000:]
-    found = results_of(place, "own")
-    assert found["results"]["own"]["sample_len"] == 3 and found["chat_template_sha"]
-    assert found["config"]["model_dtype"] == "torch.float32" and found["config"]["batch_size"] == "4"
-    assert found["max_length"] == 256
-    assert "--before eval-results/before --after eval-results/own" in runs["own"].stdout
+    found = results_of(place, "own-chat")
+    assert found["own"]["results"]["own"]["sample_len"] == 3
+    for one in found.values():
+        assert one["chat_template_sha"] and one["config"]["model_dtype"] == "torch.float32"
+        assert one["config"]["batch_size"] == "4" and one["max_length"] == 1400
+    scores = found["ifeval"]["results"]["ifeval"]
+    assert scores["sample_len"] == 3 and {
+        0 <= scores[f"{level}_level_strict_acc,none"] <= 1 for level in ("prompt", "inst")
+    } == {True}
+    (samples,) = (place / "eval-results/own-chat/ifeval").glob("*/samples_ifeval_*.jsonl")
+    sample = json.loads(samples.read_text().splitlines()[0])
+    assert "<|im_start|>user\nAnswer 0.<|im_end|>" in sample["arguments"]["gen_args_0"]["arg_0"]
+    assert "eval-results/own" in runs["own"].stdout and not (place / "eval-results/own").exists()
 
 
-def test_failure_half_way_leaves_no_result(place, runs):
-    assert runs["half_way"].returncode == 1
-    assert "lm_eval ended with exit code 1; there is no result of 'half'" in runs["half_way"].stderr
-    assert not [path.name for path in (place / "eval-results").iterdir() if "half" in path.name]
+def test_scores_are_those_of_lm_evals_own_command(place, runs):
+    words = (
+        "--model hf --model_args pretrained=models/base,dtype=bfloat16 --tasks piqa --device cpu --batch_size auto:2"
+    )
+    command = [Path(sys.executable).with_name("lm_eval"), *words.split(), "--log_samples", "--output_path", "by_hand"]
+    subprocess.run(command, cwd=place, env=environment_of(place, {}), check=True, capture_output=True, timeout=200)
+    by_hand = eval_results.read_run(place / "by_hand")
+    before = eval_results.read_run(place / "eval-results/before")
+    assert by_hand["results"]["piqa"] == before["results"]["piqa"]
+    assert by_hand["task_hashes"]["piqa"] == before["task_hashes"]["piqa"]
+    assert eval_results.conditions(by_hand) == eval_results.conditions(before)
+
+
+def test_a_killed_run_goes_on_and_repeats_nothing(place, runs):
+    path, time_written = runs["first"]
+    half_way = runs["half_way"]
+    assert "going on; finished already: piqa" in half_way.stdout and "run_eval.sh: piqa on" not in half_way.stdout
+    assert half_way.returncode == 1
+    assert "sciq: " in half_way.stderr and "There is no result of 'half'. Finished tasks stay in" in half_way.stderr
+    other = runs["other_limit"]
+    assert other.returncode == 1 and "was begun otherwise: LIMIT:  there, 1 now" in other.stderr
+    assert runs["left_out"].returncode == 0, runs["left_out"].stderr
+    assert "finished already: piqa, winogrande" in runs["left_out"].stdout
+    assert not path.exists()  # renamed with its folder, as it was written
+    final = place / "eval-results/half/piqa" / path.parent.name / path.name
+    assert final.stat().st_mtime_ns == time_written
+    assert set(results_of(place, "half")) == {"piqa", "winogrande"}
+    assert not list(place.glob("eval-results/.half*"))
+
+
+def test_several_devices_take_tasks_side_by_side(place, runs):
+    done = run_eval(place, "two", "models/base", DEVICE="cpu,cpu", TASKS="piqa,winogrande,arc_easy", LIMIT="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(results_of(place, "two")) == {"piqa", "winogrande", "arc_easy"}
+    logs = [(place / f"eval-results/two/device_{number}.log").read_text() for number in range(2)]
+    assert all("Running loglikelihood requests" in log for log in logs)
+    first, second, *_ = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("run_eval.sh: ") and (" on cpu" in line or " s" in line)
+    ]
+    assert " on cpu, log in" in first and " on cpu, log in" in second  # the second began before the first was done
 
 
 @pytest.mark.parametrize(
     ("run", "says"),
     [
-        ("unknown_task", "Tasks not found: nonsense"),
+        ("unknown_task", "lm_eval knows no task nonsense"),
         ("no_gpu", "DEVICE=cuda:99, but torch sees"),
         ("wide", "tokens, but the model"),
+        ("cannot_read", "models/base cannot read plain text. Likely causes"),
+        ("limit", "LIMIT=few: run_eval.sh says beside LIMIT what it may be"),
+        ("no_data", "data/nowhere/tokenizer holds no tokenizer.json"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(place, runs, run, says):
-    assert runs[run].returncode == 1 and says in runs[run].stderr and "Loading weights" not in runs[run].stderr
+    done = runs[run]
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "Running loglikelihood requests" not in done.stderr
 
 
 def test_earlier_results_stay(place, tmp_path):
