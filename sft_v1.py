@@ -75,9 +75,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after whic
 SPIKE_SIGMA = 6.0  # standard deviations over the mean of the last 200 losses from which a loss is put in spikes.jsonl
 SEED = 42  # order of the sequences
 # ---- Memory and speed ----
-TOKENS_PER_MICRO_BATCH = (
-    0  # tokens per forward on one rank; 0 = auto. Each auto takes what is fastest and fits (memory_plan.py)
-)
+TOKENS_PER_MICRO_BATCH = 0  # tokens per forward on one rank; 0 = auto: memory_plan.py takes the fastest that fits
 ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
 MEMORY_POLICY = "auto"  # ranks communicate "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
 COMPILE = "off"  # torch.compile each block, "on" | "off": faster on a CPU after a minute's start; gpu.py measures yours
@@ -594,7 +592,8 @@ def main(run):
     with ranks.Watch(COLLECTIVE_TIMEOUT_SECONDS):
         ranks.at("loading", patient=True)
         fingerprints = agree(DATA_DIR, BASE_MODEL)
-        facts = {"fingerprints": fingerprints, "settings": run, "versions": training_log.versions()}
+        chosen = json.loads(json.dumps(run))  # as a checkpoint gives them back: a tuple is a list there
+        facts = {"fingerprints": fingerprints, "settings": chosen, "versions": training_log.versions()}
         facts |= {"step": 0, "updates": 0, "world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
         ranks.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
         lock = ranks.on_rank0(lambda: claim(run, facts))
