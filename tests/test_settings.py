@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["import_base", "plain_text", "prepare_data", "resize_vocab", "sft_v1", "export_hf", "compare_evals"]
 SCRIPT = '''"""Does nothing much."""
 
 import settings
@@ -102,7 +103,7 @@ def test_wrong_flags_are_refused_with_their_name(run, flags, sentence):
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("script", ["prepare_data", "resize_vocab", "sft_v1", "export_hf", "compare_evals"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_constant_of_every_script_is_a_flag_with_a_comment(script):
     import settings
 
@@ -116,7 +117,7 @@ def test_every_constant_of_every_script_is_a_flag_with_a_comment(script):
         assert f"--{name.lower().replace('_', '-')}" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["prepare_data", "resize_vocab", "sft_v1", "export_hf", "compare_evals"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_importing_a_script_starts_nothing_and_ignores_the_command_line(script, tmp_path):
     code = f"import sys; sys.argv[1:] = ['--bogus']; import {script}; print('quiet')"
     env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
