@@ -12,10 +12,10 @@ that one model answers correctly and the other does not.
 How a difference is judged. Both models answered the same questions, so the difference is taken question by question;
 its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest. The
 95% interval is the difference +- 1.96 standard errors. The p-value comes from the exact sign test over the questions
-that flipped (right/wrong metrics), or, from 30 questions on, from difference / standard error (perplexity, loss). The
-verdict is "better" or "worse" where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no
-difference seen". Perplexity is compared as its logarithm, the mean negative log-likelihood of the target. A group such
-as MMLU is the mean over all its questions, as lm_eval has it. Chance is that of the questions' own numbers of choices.
+that flipped (right/wrong metrics), or from the paired t-test (perplexity, loss). The verdict is "better" or "worse"
+where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no difference seen". Perplexity is
+compared as its logarithm, the mean negative log-likelihood of the target. A group such as MMLU is the mean over all its
+questions, as lm_eval has it. Chance is that of the questions' own numbers of choices.
 """
 
 import json
@@ -90,15 +90,15 @@ def paired(first, second, weights):
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
     downs (numbers that rose and fell).
     """
-    from scipy.stats import binomtest, norm  # takes half a second; what is refused, is refused before
+    from scipy.stats import binomtest, t  # takes half a second; what is refused, is refused before
 
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups, downs = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     mean, stderr = mean_and_stderr(gaps, weights)
     if set(first) | set(second) <= {0, 1}:  # McNemar's exact test
         p = float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
-    else:  # the normal approximation, where there are enough questions for it
-        p = 2 * float(norm.sf(abs(mean) / stderr)) if len(gaps) >= 30 and stderr > 0 else 1.0
+    else:
+        p = 2 * float(t.sf(abs(mean) / stderr, len(gaps) - 1)) if stderr > 0 else 1.0
     interval = [mean - 1.96 * stderr, mean + 1.96 * stderr]
     return {"difference": mean, "stderr": stderr, "interval": interval, "p": p, "ups": ups, "downs": downs}
 

@@ -164,11 +164,11 @@ def flattened(value, state=""):
 
 def open_files(path):
     """Return (entries, read) of a torch.save file, which may run no code, or of safetensors."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
+    parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not parts:
         raise SystemExit(f"{path} has neither .metadata nor *.safetensors: its save never finished, or it is no model.")
     held = {}
-    for file in files:
+    for file in parts:
         try:
             if file.suffix == ".safetensors":
                 held |= {("", name): tensor for name, tensor in load_file(file).items()}

@@ -114,11 +114,11 @@ def read_facts(model, environment):
         )
     if environment["CHAT_TEMPLATE"] == "1" and not tokenizer.chat_template:
         refuse(f"CHAT_TEMPLATE=1, but the tokenizer in {model} has no chat template.")
-    files = sorted(path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in model.glob(pattern))
+    parts = sorted(path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in model.glob(pattern))
     packages = ("lm_eval", "torch", "transformers", "tokenizers", "datasets")
     return {
         "model": str(model),
-        "files_sha256": {path.name: files.sha256(path) for path in files},
+        "files_sha256": {path.name: files.sha256(path) for path in parts},
         "adds_bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],  # lm_eval does as the tokenizer does
         "settings": {name: environment[name] for name in MEASURED_WITH},
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
@@ -129,12 +129,13 @@ def device_name(place):
     return platform.processor() or place if place == "cpu" else torch.cuda.get_device_name(place)
 
 
-def open_staging(staging, facts, tasks):
+def open_staging(staging, facts):
     """Make the folder of an unfinished run, or take one up; return its lock. Exit if it was begun with other facts."""
     staging.mkdir(parents=True, exist_ok=True)
     lock = files.lock(staging)
     path = staging / "run.json"
-    if path.exists():
+    finished = sorted(task.name for task in staging.iterdir() if task.is_dir() and not task.name.startswith("."))
+    if finished:
         begun = files.read_json(path, "run_eval.sh")
         for name in facts.keys() - {"tasks"}:
             pair = [value if isinstance(value, dict) else {name: value} for value in (begun.get(name), facts[name])]
@@ -143,10 +144,9 @@ def open_staging(staging, facts, tasks):
                     f"{staging} was begun otherwise: {'; '.join(apart)}. Give the same again, or remove that folder to "
                     "begin anew."
                 )
-        finished = [task.name for task in staging.iterdir() if task.is_dir() and not task.name.startswith(".")]
-        if more := sorted(set(finished) - set(tasks)):
+        if more := sorted(set(finished) - set(facts["tasks"])):
             refuse(f"{staging} holds finished tasks that TASKS does not name: {', '.join(more)}. Name them too.")
-        print(f"run_eval.sh: going on; finished already: {', '.join(sorted(finished)) or 'none'}")
+        print(f"run_eval.sh: going on; finished already: {', '.join(finished)}")
     files.write_whole(path, json.dumps(facts, indent=2) + "\n")
     return lock
 
@@ -272,55 +272,67 @@ def measure(tasks, model, devices, staging, environment):
             free[pipe] = pair
     for pipe in free:
         dismiss(pipe)
+    for process in multiprocessing.active_children():
+        process.join(60)
     return failed
 
 
 # ==== Main ====
 
 
-def main(name, model):
-    transformers.utils.logging.disable_progress_bar()
-    environment, model = dict(os.environ), Path(model)
-    chat = environment["CHAT_TEMPLATE"] == "1"
-    output, full_name = Path(environment["OUTPUT"]), f"{name}-chat" if chat else name
-    result, staging = output / full_name, output / f".{full_name}.unfinished"
-    if result.is_dir() and any(result.iterdir()):
-        refuse(
-            f"{result} already holds results. Move them away first (mv {result} {result}-old) or choose another name."
-        )
+def check_setup(name, model, result, environment):
+    """Exit unless the settings, the model folder, the tasks' needs and the disk are sound.
+
+    Returns: (facts for run.json, list of devices, folder of the built-in check's data or "").
+    """
     for setting, form in FORMS.items():
         if not re.fullmatch(form, environment[setting]):
             refuse(f"{setting}={environment[setting]}: run_eval.sh says beside {setting} what it may be.")
-    tasks, devices = list(dict.fromkeys(environment["TASKS"].split(","))), places(environment["DEVICE"])
-    facts = read_facts(model, environment) | {"tasks": tasks, "device": device_name(devices[0])}
-    check = environment["ASSISTANT_DATA"] if name != "before" and not chat else ""
+    if environment["INCLUDE_PATH"] and not Path(environment["INCLUDE_PATH"]).is_dir():
+        refuse(f"no folder {environment['INCLUDE_PATH']} (INCLUDE_PATH).")
+    devices = places(environment["DEVICE"])
+    facts = read_facts(model, environment) | {"tasks": list(dict.fromkeys(environment["TASKS"].split(",")))}
+    check = environment["ASSISTANT_DATA"] if name != "before" and environment["CHAT_TEMPLATE"] == "0" else ""
     folders = (Path(check) / "tokenizer", Path(environment["RESIZED_MODEL"]), model)
     if check and (problem := assistant_check.other_tokenizer(*folders)):
         if name == "after":
             refuse(f"{problem} ASSISTANT_DATA= goes without the built-in check.")
         print(f"run_eval.sh: without the built-in check: {problem}")
         check = ""
-    output.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(output).free < ROOM:
-        refuse(f"less than 1 GiB free for {output}; the logged questions of the seven tasks need that.")
-    if environment["INCLUDE_PATH"] and not Path(environment["INCLUDE_PATH"]).is_dir():
-        refuse(f"no folder {environment['INCLUDE_PATH']} (INCLUDE_PATH).")
-    if "ifeval" in tasks:
+    result.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(result.parent).free < ROOM:
+        refuse(f"less than 1 GiB free for {result.parent}; the logged questions of the seven tasks need that.")
+    if "ifeval" in facts["tasks"]:
         check_ifeval()
     check_reading(model, environment["CHECK_READING"] == "1")
-    lock = open_staging(staging, facts, tasks)
-    failed = measure(tasks, model, devices, staging, environment)
-    again = f"Finished tasks stay in {staging}; the same command tries the others again."
-    if failed:
+    return facts | {"device": device_name(devices[0])}, devices, check
+
+
+def main(name, model):
+    """Measure the folder `model` under `name`, as the environment says."""
+    transformers.utils.logging.disable_progress_bar()
+    environment, model = dict(os.environ), Path(model)
+    full_name = f"{name}-chat" if environment["CHAT_TEMPLATE"] == "1" else name
+    output = Path(environment["OUTPUT"])
+    result, staging = output / full_name, output / f".{full_name}.unfinished"
+    if result.is_dir() and any(result.iterdir()):
         refuse(
-            "; ".join(f"{task}: {why}" for task, why in failed.items()) + f". There is no result of '{name}'. {again}"
+            f"{result} already holds results. Move them away first (mv {result} {result}-old) or choose another name."
         )
+    facts, devices, check = check_setup(name, model, result, environment)
+    lock = open_staging(staging, facts)
+    failed = measure(facts["tasks"], model, devices, staging, environment)
+    again = (
+        f"There is no result of '{name}'. Finished tasks stay in {staging}; the same command tries the others again."
+    )
+    if failed:
+        refuse("; ".join(f"{task}: {why}" for task, why in failed.items()) + f". {again}")
     if check and not (staging / "assistant.json").exists():
         words = [sys.executable, HERE / "assistant_check.py", "--data-dir", check, "--after-model", model]
         words += ["--before-model", environment["RESIZED_MODEL"], "--device", devices[0], "--output-dir", staging]
         words += ["--dtype", environment["DTYPE"], *shlex.split(environment["ASSISTANT_FLAGS"])]
         if subprocess.run(words).returncode:
-            refuse(f"the built-in check failed; there is no result of '{name}'. {again}")
+            refuse(f"the built-in check failed. {again}")
     if result.is_dir():
         result.rmdir()
     (staging / files.LOCK).unlink()
@@ -350,5 +362,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         refuse("stopped; the same command goes on.")
     finally:
-        for process in multiprocessing.active_children():  # the dismissed have ended, the others were interrupted
+        for process in multiprocessing.active_children():  # what was interrupted
             process.kill()

@@ -218,6 +218,12 @@ def test_p_of_flipped_questions_is_that_of_the_exact_sign_test():
     assert p(3000, 3000)["p"] == 1
 
 
+def test_p_of_other_numbers_is_that_of_the_paired_t_test():
+    found = compare_evals.paired([1.0, 2.0, 3.0], [1.5, 2.5, 4.5], [1, 1, 1])  # gaps 0.5, 0.5, 1.5: t = 2.5
+    assert found["stderr"] == pytest.approx(1 / 3) and found["p"] == pytest.approx(0.1296, abs=1e-4)
+    assert compare_evals.paired([1.5, 2.5], [1.5, 2.5], [1, 1])["p"] == 1
+
+
 def test_weighted_mean_and_its_error():
     mean, stderr = compare_evals.mean_and_stderr([1.0, 2.0, 4.0], [1, 1, 2])
     assert mean == 2.75  # residuals 1.75, 0.75 and 2 * 1.25; their squares' sum 9.875

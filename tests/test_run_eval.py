@@ -138,7 +138,7 @@ def run_eval(place, *arguments, **more):
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=900,  # a machine may be busy
     )
 
 
@@ -147,7 +147,7 @@ def killed_after_piqa(place, **more):
     started = subprocess.Popen(
         ["bash", REPO / "run_eval.sh", "half", "models/base"], cwd=place, env=environment_of(place, more)
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (finished := list(place.glob("eval-results/.half.unfinished/piqa/*/results_*.json"))):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -164,7 +164,7 @@ def place(tmp_path_factory):
     write_ifeval(root)
     write_own_task(root / "own_tasks")
     base = write_tokenizer(root / "tokenizer")
-    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0)
+    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0, context=2048)
     extended = write_assistant_data(root / "data/sft_v1", base)
     for seed, folder in enumerate(("checkpoints/base", "exports/sft_v1")):
         write_model(root / folder, extended, seed, context=2048)
