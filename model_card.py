@@ -80,7 +80,8 @@ def evaluation(results, folder):
     measured = files.read_json(run, "run_eval.sh").get("files_sha256", {})
     if any(measured.get(path.name) != files.sha256(path) for path in folder.glob("*.safetensors")):
         return []
-    lines = ["## Before and after", "", *page.read_text(encoding="utf-8").splitlines()[1:], ""]
+    text = page.read_text(encoding="utf-8").splitlines()[1:]
+    lines = ["## Before and after", "", *("#" + line if line.startswith("#") else line for line in text), ""]
     if (results / "comparison.png").is_file():
         shutil.copyfile(results / "comparison.png", folder / "comparison.png")
         lines += ["![Before and after, by task](comparison.png)", ""]

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["import_base", "plain_text", "prepare_data", "resize_vocab", "sft_v1", "export_hf", "compare_evals"]
+SCRIPTS += ["assistant_check"]
 SCRIPT = '''"""Does nothing much."""
 
 import settings
