@@ -509,6 +509,7 @@ def test_what_reads_the_evaluation_ends_with_its_parent_and_leaves_ctrl_c_to_it(
         while b"decontamination.py" not in (child / "cmdline").read_bytes():  # else still a copy of its parent
             time.sleep(0.01)
         os.kill(int(child.name), signal.SIGSTOP)  # so that it cannot end by itself
+    time.sleep(1)  # the parents have come to wait for them
     killed.kill()
     os.killpg(stopped.pid, signal.SIGINT)
     try:  # standard error ends with the last process that has it

@@ -60,6 +60,8 @@ def test_a_run_answers_its_prompts_at_each_validation(tmp_path, bpe_tokenizer_di
     data = write_data(tmp_path / "data", len(tokenizer), sequences(64, 515))
     for folder in (base, data / "tokenizer"):
         tokenizer.save_pretrained(folder)
+    stop = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    stop.save_pretrained(base)
     report = json.loads((data / "report.json").read_text())
     report["tokenizer_sha256"] = sft_v1.files.sha256(base / "tokenizer.json")
     (data / "report.json").write_text(json.dumps(report))
