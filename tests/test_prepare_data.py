@@ -497,7 +497,9 @@ def test_what_reads_the_evaluation_ends_with_its_parent_and_leaves_ctrl_c_to_it(
     started = []
     for output in ("killed", "stopped"):
         command = command_of(tmp_path, bpe_tokenizer_dir, output, *flags)
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+        options = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True}
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs ignore it
+        process = subprocess.Popen(command, **options)
         children = Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children"
         started.append((process, children))
     (killed, reader), (stopped, other) = started
