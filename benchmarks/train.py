@@ -41,7 +41,7 @@ MATMUL_SECONDS = 0.2  # for which each shape is timed
 # ---- What is trained ----
 SEQUENCES_PER_STEP = 32  # sequences
 MAX_SEQ_LEN = 2048  # tokens
-TOKENS_PER_MICRO_BATCH = 8192  # of ours
+TOKENS_PER_MICRO_BATCH = 4096  # of ours; 8192 would need 16 GB in two ranks
 
 # ==== Contenders ====
 
