@@ -9,7 +9,6 @@ that was killed goes on with the same command.
 """
 
 import contextlib
-import ctypes
 import gc
 import importlib.metadata
 import json
@@ -35,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import assistant_check
 import files
 import plain_text
+import processes
 from eval_results import differences
 
 HERE = Path(__file__).resolve().parent
@@ -160,8 +160,7 @@ def work(place, log, model, tasks, staging, environment, pipe):
     Says first which of `tasks` lm_eval does not know; then for each task None, or why it failed, and ends.
     log: file for its output, or None for the terminal.
     """
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with its parent, however that ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which hears Ctrl-C too
+    processes.leave_to_parent()
     if log:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)

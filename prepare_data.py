@@ -14,24 +14,16 @@ sources, the base's tokenizer and the settings, not on the number of workers.
 """
 
 import contextlib
-import ctypes
-import gc
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -49,6 +41,8 @@ import conversations
 import data_report
 import decontamination
 import files
+import processes
+import sequences
 import settings
 
 # ---- Files ----
@@ -101,182 +95,9 @@ SHOW = 0  # print this many finished sequences per source from OUTPUT_DIR and st
 
 # ==== Facts ====
 
-RULES = ("prepare_data.py", "chatml.py", "conversations.py", "decontamination.py")  # the data depends on their code
-BATCH = 500  # rows of a worker's task: enough for the tokenizer, little to wait for at the end
+# the data depends on their code
+RULES = ("prepare_data.py", "sequences.py", "chatml.py", "conversations.py", "decontamination.py")
 HISTOGRAM_BINS = 32  # of sequence lengths, from 0 to MAX_SEQ_LEN
-WORK = None  # in a worker process: the Work it was forked for
-
-
-# ==== Sequences ====
-
-
-def length(segments):
-    """Return the number of tokens in a list of segments (ids, trained)."""
-    return sum(len(ids) for ids, _ in segments)
-
-
-def clip(segments, size):
-    """Return the first `size` tokens of a list of segments."""
-    kept = []
-    for ids, trained in segments:
-        kept.append((ids[:size], trained))
-        size = max(0, size - len(ids))
-    return kept
-
-
-def cut(head, turns, max_seq_len, overflow):
-    """Return (the sequences of one conversation, list of what was lost of it).
-
-    Each sequence is a list of segments (ids, trained) with at most `max_seq_len` tokens, some of them trained; there is
-    none if the conversation does not fit.
-
-    head: the segments before the first turn (a BOS, or none); turns: list of segments each. Splitting keeps exchanges
-    (a user turn and its answer) whole and repeats the system turn; an exchange longer than the window is cut at its end
-    and gets no invented end.
-    """
-    if len(turns) % 2:  # questions and answers come in pairs, so the odd one is the system turn
-        head, turns = head + turns[0], turns[1:]
-    pieces, sizes = [head], [head_size := length(head)]
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        size = length(question) + length(answer)
-        if overflow == "split" and sizes[-1] + size > max_seq_len and len(pieces[-1]) > len(head):
-            pieces.append(head)
-            sizes.append(head_size + size)
-        else:
-            sizes[-1] += size
-        pieces[-1] = pieces[-1] + question + answer
-    long = max(sizes) > max_seq_len
-    if long and overflow == "drop":
-        return [], []
-    if long:
-        pieces = [clip(piece, max_seq_len) for piece in pieces]
-    kept = [piece for piece in pieces if any(trained and len(ids) for ids, trained in piece)]
-    lost = ["end cut off at the window"] if long else []
-    return kept, lost + (["exchange without a trained token in the window left out"] if len(kept) < len(pieces) else [])
-
-
-# ==== Workers: rows in, sequences out ====
-
-
-@dataclass
-class Work:
-    """What a worker needs for the rows of one source. It is inherited by fork, never pickled."""
-
-    source: dict
-    rows: object  # with a length and `take`, from conversations.find_source
-    encoder: chatml.Encoder
-    overlap: decontamination.Overlap | None
-    run: dict  # the settings
-
-
-@dataclass(slots=True)
-class Fate:
-    """What became of one row."""
-
-    row: int
-    reason: str | None = None  # why it was rejected; None: kept
-    found: str = ""  # what made the reason hold
-    start: str = ""  # the row's first words
-    changes: list = field(default_factory=list)
-    key: bytes = b""  # equal for duplicates
-    control_text: bool = False  # it spells a control token, as text
-    sequences: int = 0
-
-
-def start_worker(work):
-    """Prepare a forked process: keep `work`, leave Ctrl-C to the parent, end when the parent is killed."""
-    global WORK
-    WORK = work
-    gc.freeze()  # what was inherited is neither searched for garbage nor copied
-    # One Rust thread in each process: 1.0 million tokens/s, against 0.76 on the calling thread and 0.75 per core when
-    # one process has two (SmolLM2's tokenizer, two cores).
-    os.environ |= {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "1"}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def prepare_rows(numbers):
-    """Read, judge, encode and cut the rows `numbers` (list of int) of this worker's source.
-
-    Returns: (list of Fate, one per row; lengths: int32 [sequences]; ids [tokens]; mask: bool [tokens]), the sequences
-    in the order of the rows and laid end to end.
-    """
-    fates, good = judge(numbers)
-    reject_identities(good)
-    good = [(fate, turns) for fate, turns in good if not fate.reason]
-    encoder, run = WORK.encoder, WORK.run
-    head = [(encoder.array(encoder.bos), False)]
-    texts = pa.array([encoder.visible_text(*turn) for _, turns in good for turn in turns], pa.large_string())
-    named = pc.match_substring_regex(texts, "|".join(rf"\Q{name}\E" for name in encoder.names)).to_numpy(False)
-    place, sequences = 0, []
-    for (fate, turns), encoded in zip(good, encoder.encode([turns for _, turns in good]), strict=True):
-        fate.control_text, place = bool(named[place : place + len(turns)].any()), place + len(turns)
-        pieces, lost = cut(head, encoded, run["MAX_SEQ_LEN"], run["OVERFLOW"]) if encoded else ([], [])
-        fate.changes += lost
-        if not encoded:
-            fate.reason = "text became a control token"
-        elif not pieces:
-            fate.reason = "longer than the window" if run["OVERFLOW"] == "drop" else "nothing trainable in the window"
-        elif WORK.overlap and (hit := WORK.overlap.find([text for _, text in turns])):
-            fate.reason, fate.found = f"contaminated: {hit[0]}", hit[1]
-        else:
-            fate.sequences = len(pieces)
-            sequences += pieces
-            if run["DEDUPLICATE"] != "off":
-                fate.key = conversations.key(turns, run["DEDUPLICATE"])
-    segments = [*itertools.chain.from_iterable(sequences), (encoder.array([]), False)]
-    ids = np.concatenate([ids for ids, _ in segments])
-    mask = np.repeat([trained for _, trained in segments], [len(ids) for ids, _ in segments])
-    return fates, np.array([length(piece) for piece in sequences], np.int32), ids, mask
-
-
-def judge(numbers):
-    """Apply the rules of conversations.py. Returns: (Fate of each row, (Fate, turns) of those that hold)."""
-    fates, good = [], []
-    for number, (row, unreadable) in zip(numbers, WORK.rows.take(numbers), strict=True):
-        fate = Fate(number)
-        fates.append(fate)
-        if unreadable:
-            fate.reason, fate.found, fate.start = unreadable
-            continue
-        turns, fate.reason = conversations.read_turns(row, WORK.source)
-        fate.start = conversations.first_words(turns)
-        fate.reason = fate.reason or next((text for text, holds in conversations.REJECTIONS if holds(turns)), None)
-        if not fate.reason:
-            repaired, fate.changes = conversations.repair(turns)
-            if repaired:
-                good.append((fate, repaired))
-            else:
-                fate.reason = "no assistant turn after a user turn"
-    return fates, good
-
-
-def reject_identities(good):
-    """Reject those (Fate, turns) of which an assistant turn matches the source's identity patterns."""
-    answers = [(fate, text) for fate, turns in good for role, text in turns if role == "assistant"]
-    texts = pa.array([text for _, text in answers], pa.large_string())
-    for pattern in WORK.source.get("identity_patterns", WORK.run["IDENTITY_PATTERNS"]):
-        for place in np.flatnonzero(pc.match_substring_regex(texts, pattern, ignore_case=True).to_numpy(False)):
-            fate, text = answers[place]
-            fate.reason = "another model's identity"
-            fate.found = pc.extract_regex([text], f"(?i)(?P<found>{pattern})")[0]["found"].as_py()
-
-
-def results(work, order, workers):
-    """Yield prepare_rows() of `order` (array of row numbers), in that order, as `workers` forked processes make it."""
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(work,))
-    waiting = deque()
-    try:
-        for start in range(0, len(order), BATCH):
-            waiting.append(pool.submit(prepare_rows, order[start : start + BATCH].tolist()))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ==== Writing ====
@@ -385,7 +206,7 @@ def prepare_source(work, place, paths, seen, workers):
     with (
         paths["ledger"].open("w", encoding="utf-8") as ledger,
         tqdm(total=goal, desc=name, unit="row", dynamic_ncols=True) as bar,
-        contextlib.closing(results(work, order, workers)) as batches,
+        contextlib.closing(sequences.results(work, order, workers)) as batches,
     ):
         for fates, lengths, ids, mask in batches:
             homes = [None] * len(fates)  # the split that each row goes to
@@ -571,14 +392,8 @@ def find_overlap(run, path):
         return None
     flags = {"--tasks": ",".join(run["DECONTAMINATE_AGAINST"]), "--include-path": run["TASKS_INCLUDE_PATH"]}
     flags |= {"--ngram": str(run["DECONTAMINATION_NGRAM"]), "--output": str(path)}
-    libc = ctypes.CDLL(None)
-
-    def tie():  # the child ends when this process is killed, and leaves Ctrl-C to it
-        libc.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
     command = [sys.executable, decontamination.__file__, *itertools.chain.from_iterable(flags.items())]
-    done = subprocess.run(command, preexec_fn=tie)
+    done = subprocess.run(command, preexec_fn=processes.leave_to_parent)
     if done.returncode < 0:
         raise SystemExit(
             f"Reading the evaluation's questions was ended by signal {-done.returncode}, mostly for want of memory. "
@@ -620,7 +435,8 @@ def prepare(run, sources, folder, staging):
         else:
             paths["done"].unlink(missing_ok=True)
             try:
-                line = prepare_source(Work(source, open_rows(), encoder, overlap, run), place, paths, seen, workers)
+                work = sequences.Work(source, open_rows(), encoder, overlap, run)
+                line = prepare_source(work, place, paths, seen, workers)
             except BaseException:
                 for path in paths.values():  # a full disk stays usable
                     path.unlink(missing_ok=True)
@@ -689,7 +505,7 @@ def main(run):
             finally:
                 if not any((staging / "progress").glob("*.json")):  # nothing is finished: nothing to keep
                     shutil.rmtree(staging, ignore_errors=True)
-    except BrokenProcessPool:
+    except ChildProcessError:
         raise SystemExit(f"A worker process was killed, mostly for want of memory: lower WORKERS. {later}") from None
     except OSError as error:
         remedy = "Free disk space." if error.errno in conversations.FULL else "Check the folder and your rights to it."

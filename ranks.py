@@ -3,7 +3,6 @@
 Used by sft_v1.py under torchrun. Nothing here knows what is trained.
 """
 
-import ctypes
 import json
 import os
 import shlex
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import checkpoints
+import processes
 
 # Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watch` is the one
 # that sees a dead or hanging rank early.
@@ -100,7 +100,7 @@ def die_with_launcher():
     """Have the kernel kill this process when torchrun dies: alone it would train on and hold the folder and the GPU."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+    processes.end_with_parent()
     # torchrun may have died while this process was importing; its children then belong to init or systemd. An orphan
     # would join the next run on the same port.
     try:

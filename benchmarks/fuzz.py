@@ -159,13 +159,12 @@ def feed_rows(world, source, data):
 
 def judged(world, source, rows, number):
     """Take `number` rows the way of a worker of prepare_data.py, with the lines of its ledger."""
-    prepare_data = world.prepare_data
-    prepare_data.WORK = prepare_data.Work(source, rows, world.encoders[0], None, RUN)
-    fates, lengths, ids, mask = prepare_data.prepare_rows(list(range(number)))
+    world.sequences.WORK = world.sequences.Work(source, rows, world.encoders[0], None, RUN)
+    fates, lengths, ids, mask = world.sequences.prepare_rows(list(range(number)))
     assert len(fates) == number and sum(lengths) == len(ids) == len(mask)
     for fate in fates:
         assert bool(fate.reason) == (not fate.sequences)
-        for line in prepare_data.ledger_lines("fuzz", fate):
+        for line in world.prepare_data.ledger_lines("fuzz", fate):
             json.dumps(line).encode()
 
 
@@ -423,6 +422,7 @@ def build_world(folder):
     import compare_evals
     import conversations
     import prepare_data
+    import sequences
     import sft_v1
 
     datasets.disable_progress_bars()
@@ -430,7 +430,9 @@ def build_world(folder):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     bases = [write_base(folder / "byte_level", True), write_base(folder / "spm", False)]
     encoders = [chatml.Encoder(*chatml.extend_tokenizer(base, True, True), True, True) for base in bases]
-    names = {m.__name__: m for m in (chatml, checkpoints, compare_evals, conversations, prepare_data, sft_v1)}
+    names = {
+        m.__name__: m for m in (chatml, checkpoints, compare_evals, conversations, prepare_data, sequences, sft_v1)
+    }
     return SimpleNamespace(folder=folder, encoders=encoders, **names)
 
 

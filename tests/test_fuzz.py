@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-import prepare_data
+import sequences
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -15,7 +15,7 @@ import fuzz
 
 def test_no_input_from_outside_ends_in_a_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # as they were, for the other tests
-    monkeypatch.setattr(prepare_data, "WORK", None)
+    monkeypatch.setattr(sequences, "WORK", None)
     fed, failed = fuzz.fuzz(2_000, 7, tmp_path)
     assert fed >= 2_000 and failed == 0, capsys.readouterr().out
 

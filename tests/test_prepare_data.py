@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 import chatml
 import conversations
 import prepare_data
+import sequences
 
 ROOT = Path(__file__).resolve().parent.parent
 # ---- Overflow ----
@@ -35,7 +36,7 @@ def bpe(bpe_tokenizer_dir, tmp_path_factory):
 
 def cut(encoder, turns, max_seq_len, overflow):
     """Return (the sequences as (ids, mask) lists, what was lost)."""
-    pieces, lost = prepare_data.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
+    pieces, lost = sequences.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
     return [tuple(array.tolist() for array in chatml.laid([], [piece])) for piece in pieces], lost
 
 
@@ -466,14 +467,16 @@ def test_a_second_run_into_one_folder_and_a_killed_worker_are_a_sentence(three, 
     first = subprocess.Popen(command_of(tmp_path, bpe_tokenizer_dir, "out"), stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "out.unfinished" / "data" / "train" / "data-00001.arrow", first)
     children = Path("/proc") / str(first.pid) / "task" / str(first.pid) / "children"
-    while len(children.read_text().split()) < 2:
+    while len(workers := children.read_text().split()) < 2:
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command_of(tmp_path, bpe_tokenizer_dir, "out"), capture_output=True, text=True)
-    for worker in children.read_text().split():
+    while any(Path("/proc", worker, "stat").read_text().split()[2] == "R" for worker in workers):
+        time.sleep(0.5)  # until each is held up in the middle of handing over what it made
+    for worker in workers:
         os.kill(int(worker), signal.SIGKILL)
     first.send_signal(signal.SIGCONT)
-    _, said = first.communicate()
+    _, said = first.communicate(timeout=60)
     assert second.returncode == 1 and "out.unfinished is in use by another run" in second.stderr
     assert "Traceback" not in second.stderr + said
     assert first.returncode == 1 and "A worker process was killed" in said and "lower WORKERS" in said
