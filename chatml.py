@@ -49,6 +49,19 @@ def chat_template(adds_bos, train_on_special_tokens, keep_past_thinking):
     )
 
 
+def token_names(config, folder):
+    """Return {"bos" | "eos" | "unk" | "pad": its text or None} of `config`, the tokenizer_config.json in `folder`.
+
+    Raises: SystemExit if one is no text.
+    """
+    named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+    for name, token in named.items():
+        if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
+            raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
+    return named
+
+
 def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     """Return the base tokenizer in `folder` with the missing control tokens appended and the chat template set.
 
@@ -57,17 +70,12 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     """
     try:
         backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
-        named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        named = token_names(json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")), folder)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SystemExit(
             f"{folder}: no readable tokenizer.json and tokenizer_config.json ({error}). Name the base's folder with "
             "--base-tokenizer."
         ) from None
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    for name, token in named.items():
-        if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
-            raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
     bos_id = backend.token_to_id(named["bos"]) if named["bos"] else None
     adds_bos = bos_id is not None and backend.encode("a").ids[:1] == [bos_id]
     named = {name: token or None for name, token in named.items()}  # transformers asks for the id of "" without end

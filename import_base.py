@@ -24,6 +24,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import chatml
 import files
 import plain_text
 import resize_vocab
@@ -247,8 +248,7 @@ def read_tokenizer(path, run):
         names = {"bos_token": run["BOS_TOKEN"] or None, "eos_token": run["EOS_TOKEN"]}
         if (path.parent / "tokenizer_config.json").is_file():
             config = files.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
-            names = {f"{kind}_token": config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
-            names = {kind: token["content"] if isinstance(token, dict) else token for kind, token in names.items()}
+            names = {f"{kind}_token": token for kind, token in chatml.token_names(config, path.parent).items()}
     else:
         tokenizer, names = sentencepiece_tokenizer.convert(path, run["ADD_BOS"], plain_text.PASSAGE.read_text("utf-8"))
     names = {kind: token for kind, token in names.items() if token}

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import chatml
 import files
 import settings
 
@@ -32,7 +33,7 @@ OUTPUT_DIR = "checkpoints/base"  # folder to write; it must not hold anything ye
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-STOP = "<|im_end|>"
+STOP = chatml.CHATML[1]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -70,10 +71,8 @@ def check_extension(base, extended, folder):
 
 def special_ids(folder, tokenizer):
     """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
-    names = files.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py")
-    tokens = {kind: names.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
-    tokens = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
-    ids = {kind: token and tokenizer.token_to_id(token) for kind, token in tokens.items()}
+    tokens = chatml.token_names(files.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py"), folder)
+    ids = {kind: tokens[kind] and tokenizer.token_to_id(tokens[kind]) for kind in ("bos", "eos", "pad")}
     if tokens["eos"] != STOP or ids["eos"] is None:
         raise SystemExit(f"{folder} ends turns with {tokens['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
     if ids["pad"] in (None, ids["eos"]):

@@ -1,16 +1,10 @@
 """benchmarks/fuzz.py in short: nothing from outside ends in a traceback, and a traceback would be counted."""
 
-import sys
-from pathlib import Path
-
 import datasets
+import fuzz
 import pytest
 
 import sequences
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import fuzz
 
 
 def test_no_input_from_outside_ends_in_a_traceback(tmp_path, monkeypatch, capsys):

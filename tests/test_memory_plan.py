@@ -1,33 +1,22 @@
 """memory_plan.py: what it counts against the bytes that a real step holds, what it chooses, and --plan-only."""
 
-import json
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 import transformers
+from common import GENESIS, genesis_lengths
 from test_sft_v1 import ROOT, sequences, tiny_config, write_base
-from test_step_plan import genesis_lengths
 
 import memory_plan
 import model as sft_model
+import prepare_data
 import ranks
 import sft_v1
 
-GENESIS = {
-    "hidden_size": 1536,
-    "intermediate_size": 4736,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 6,
-    "vocab_size": 49_156,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-}
 AUTO = {"MEMORY_POLICY": "auto", "ACTIVATION_CHECKPOINTING": "auto", "TOKENS_PER_MICRO_BATCH": 0}
 AUTO |= {"LOSS_CHUNK_TOKENS": 1024}
 
@@ -127,15 +116,11 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
             "assistant_masks": pa.ListArray.from_arrays(offsets, pa.array(zeros.view(bool)[::2])),
             "source": pa.DictionaryArray.from_arrays(np.zeros(number, np.int8), ["x"]).cast(pa.string()),
         }
-        (tmp_path / "data" / split).mkdir(parents=True)
+        (folder := tmp_path / "data" / split).mkdir(parents=True)
         table = pa.table(columns)
-        with pa.ipc.new_stream(str(tmp_path / "data" / split / "data.arrow"), table.schema) as stream:
+        with pa.ipc.new_stream(str(folder / "data-00000.arrow"), table.schema) as stream:
             stream.write_table(table)
-        state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "x", "_split": split}
-        state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
-        (tmp_path / "data" / split / "state.json").write_text(json.dumps(state))
-        features = datasets.Features.from_arrow_schema(table.schema)
-        datasets.DatasetInfo(features=features).write_to_directory(str(tmp_path / "data" / split))
+        prepare_data.dataset_metadata(folder, 1, table.schema, "x")
     (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     line = [sys.executable, ROOT / "sft_v1.py", "--plan-only", "--base-model", tmp_path / "base"]
     result = subprocess.run([*line, "--data-dir", tmp_path / "data"], capture_output=True, text=True, cwd=tmp_path)

@@ -2,15 +2,11 @@
 
 import numpy as np
 import pytest
+from common import genesis_lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
 import step_plan
-
-
-def genesis_lengths(number):
-    """Lengths with the run's mean of 716 tokens, capped at 2048."""
-    return np.clip(np.random.default_rng(0).gamma(1.6, 475, number), 16, 2048).astype(np.int64)
 
 
 def test_an_epoch_visits_each_sequence_once_and_epochs_differ():
