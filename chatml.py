@@ -97,8 +97,8 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     ), adds_bos
 
 
-def clone(backend, prefix):
-    """Return a copy of the `Tokenizer` that knows no control token in text.
+def text_state(backend, prefix):
+    """Return the tokenizer.json (dict) of a copy of the `Tokenizer` that knows no control token in text.
 
     prefix: True for text that follows a control token, False for text that goes on after other text: there, nothing
     may be put in front of it (Metaspace's "▁", a Prepend normalizer, ByteLevel's space).
@@ -128,6 +128,11 @@ def clone(backend, prefix):
             for place, (piece, score) in enumerate(pieces)
         ]
     state["normalizer"], state["pre_tokenizer"] = visit(state["normalizer"]), visit(state["pre_tokenizer"])
+    return state
+
+
+def clone(state):
+    """Return the `Tokenizer` of a text_state()."""
     copy = Tokenizer.from_str(json.dumps(state))
     if state["model"]["type"] == "BPE":  # it remembers 10,000 words unless told; real text has more
         options = {name: value for name, value in state["model"].items() if name != "type" and value is not None}
@@ -156,7 +161,9 @@ class Encoder:
     def __init__(self, tokenizer, adds_bos, train_on_special_tokens, keep_past_thinking):
         backend = tokenizer.backend_tokenizer
         self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        self.after_control, self.after_text = clone(backend, True), clone(backend, False)
+        states = [text_state(backend, prefix) for prefix in (True, False)]
+        self.after_control = clone(states[0])
+        self.after_text = self.after_control if states[0] == states[1] else clone(states[1])
         added = backend.get_added_tokens_decoder()
         unknown = tokenizer.unk_token_id  # what text may become: a character that the model does not know
         self.control = [place for place, token in added.items() if controls(token) and place != unknown]
