@@ -78,7 +78,7 @@ SEED = 42  # order of the sequences
 TOKENS_PER_MICRO_BATCH = 0  # tokens per forward on one rank; 0 = auto: memory_plan.py takes the fastest that fits
 ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
 MEMORY_POLICY = "auto"  # ranks communicate "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
-COMPILE = "off"  # torch.compile each block, "on" | "off": faster on a CPU after a minute's start; gpu.py measures yours
+COMPILE = "off"  # torch.compile each block, "on" | "off": little gain on a CPU; benchmarks/gpu.py measures a GPU
 COMPUTE_DTYPE = "bfloat16"  # "bfloat16" | "float32" of forward and backward; masters and moments are always float32
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
 RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
