@@ -25,6 +25,54 @@ class Documents:
     bounds: torch.Tensor  # int32 [documents + 1], the starts and the end
 
 
+class CausalAttention(torch.autograd.Function):
+    """Causal attention of one document on a CPU, a block of queries at a time; the backward makes the scores again.
+
+    torch's own CPU kernel multiplies in smaller tiles and takes about twice as long: benchmarks/step_profile.py.
+    """
+
+    QUERIES = 64  # of a block: its scores over 2,048 keys stay in a core's cache
+
+    @classmethod
+    def scores(cls, query, key):
+        """Yield (begin, end, scores [kv_heads, group x (end - begin), end]) of each block of queries; the future, -inf.
+
+        query: [kv_heads, group, tokens, head_dim], scaled; key: [kv_heads, tokens, head_dim].
+        """
+        future = torch.full((cls.QUERIES, cls.QUERIES), float("-inf"), dtype=query.dtype).triu_(1)
+        for begin in range(0, query.shape[2], cls.QUERIES):
+            end = min(begin + cls.QUERIES, query.shape[2])
+            scores = query[:, :, begin:end].flatten(1, 2) @ key[:, :end].transpose(1, 2)
+            scores.unflatten(1, (-1, end - begin))[..., begin:] += future[: end - begin, : end - begin]
+            yield begin, end, scores
+
+    @classmethod
+    def forward(cls, ctx, query, key, value, scaling):
+        """Return a tensor like query. query: [kv_heads, group, tokens, head_dim]; key, value: without the group."""
+        query = query * scaling
+        output = torch.empty_like(query)
+        for begin, end, scores in cls.scores(query, key):
+            output[:, :, begin:end] = (scores.softmax(2) @ value[:, :end]).unflatten(1, (-1, end - begin))
+        ctx.save_for_backward(query, key, value)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value = ctx.saved_tensors
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+        for begin, end, scores in CausalAttention.scores(query, key):
+            queries, slope = (part[:, :, begin:end].flatten(1, 2) for part in (query, grad))
+            with torch.enable_grad():  # for softmax's own gradient
+                given = scores.requires_grad_().softmax(2)
+            (score_grad,) = torch.autograd.grad(given, scores, slope @ value[:, :end].transpose(1, 2))
+            value_grad[:, :end] += given.detach().transpose(1, 2) @ slope
+            key_grad[:, :end] += score_grad.transpose(1, 2) @ queries
+            query_grad[:, :, begin:end] = (score_grad @ key[:, :end]).unflatten(1, (-1, end - begin))
+        return query_grad * ctx.scaling, key_grad.to(key.dtype), value_grad.to(value.dtype), None
+
+
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention inside each document; the function that the HF model calls.
 
@@ -42,12 +90,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         longest = max(lengths)
         output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
         return output.unsqueeze(0), None
-    parts = [part.split(lengths, dim=2) for part in (query, key, value)]
+    grouped = query[0].unflatten(0, (key.shape[1], -1))
+    parts = [part.split(lengths, dim=-2) for part in (grouped, key[0], value[0])]
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(*parts, strict=True)
+        CausalAttention.apply(*document, scaling or query.shape[-1] ** -0.5) for document in zip(*parts, strict=True)
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0), None
 
 
 # No mask is registered beside it: transformers then makes none, and does not look for documents in position_ids, which

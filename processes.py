@@ -1,4 +1,4 @@
-"""Processes that end together."""
+"""What a process asks of the system for itself: to end with its parent, to keep its memory."""
 
 import ctypes
 import signal
@@ -17,3 +17,10 @@ def leave_to_parent():
     """End with the parent, and leave Ctrl-C to it."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def keep_memory():
+    """Have glibc keep what is freed for the next tensor, which the kernel would map and clear anew (else nothing)."""
+    if hasattr(libc, "mallopt"):  # mallopt(3)
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end above which it shrinks
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes of a block above which it is mapped by itself

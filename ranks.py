@@ -54,6 +54,7 @@ def join(device):
         card = torch.device("cuda", local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP, **meeting())
     else:
+        processes.keep_memory()
         dist.init_process_group("gloo", timeout=BACKSTOP, **meeting())
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)

@@ -33,8 +33,7 @@ MICRO_BATCH = 2  # sequences per forward and process
 ACCUMULATION = 16  # micro-batches per step and process
 LEARNING_RATE = common.TRAINER["--learning-rate"]  # fixed
 PAD_TO = 2048  # tokens to which the recipe "padded" pads
-SHORT_STEPS = 0  # first steps, whose sequences have at most SHORT_CUT tokens and are padded to it
-SHORT_CUT = 128  # tokens
+SHORT_CUT = 0  # tokens to which it pads a micro-batch that has no longer sequence
 PADDING_FREE = False  # TRL's option of that name
 CHECKPOINTING = False  # recompute each block in the backward
 MODEL_DTYPE = "float32"  # "float32" (masters, with bfloat16 autocast) | "bfloat16" (weights and moments, too)
@@ -120,7 +119,9 @@ def train_padded(model, rows):
         trained = sum(sum(row["assistant_masks"][1:]) for row in part)
         total = torch.zeros((), device=DEVICE)
         for start in range(0, size, MICRO_BATCH):
-            inputs = padded(part[start : start + MICRO_BATCH], SHORT_CUT if step < SHORT_STEPS else PAD_TO)
+            together = part[start : start + MICRO_BATCH]
+            short = max(len(row["input_ids"]) for row in together) <= SHORT_CUT
+            inputs = padded(together, SHORT_CUT if short else PAD_TO)
             ids, labels, attended = (tensor.to(DEVICE) for tensor in inputs)
             with torch.autocast(DEVICE, torch.bfloat16):
                 logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits
