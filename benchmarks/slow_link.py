@@ -1,6 +1,6 @@
 """What does communication once per step save where the link is slow? Two ranks in two network namespaces.
 
-    python benchmarks/slow_link.py            about 7 minutes on two CPU cores; needs Linux, root, ip and tc
+    python benchmarks/slow_link.py            about 3 minutes on two CPU cores; needs Linux, root, ip and tc
     python benchmarks/slow_link.py --quick    one round of 3 steps each, for a look
 
 A veth pair joins the namespaces; `tc tbf` limits it in both directions to a rate at which a micro-batch's compute and

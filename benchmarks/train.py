@@ -1,6 +1,6 @@
 """How fast does sft_v1.py train? Against TRL, the plain padded recipe and the machine's own rate, on the same steps.
 
-    python benchmarks/train.py            three rounds on real conversations, about 70 minutes on two quiet CPU cores
+    python benchmarks/train.py            three rounds on real conversations, about an hour on two quiet CPU cores
     python benchmarks/train.py --quick    one round of 4 short sequences per step, for a look
 
 SmolLM2-135M, bfloat16 compute with float32 weights and moments, no activation checkpointing (TRL's default is on and
