@@ -1,6 +1,6 @@
 """Does the time of a step grow in a straight line? With its tokens, its micro-batches and the model's width.
 
-    python benchmarks/scaling.py            about 10 minutes on two CPU cores
+    python benchmarks/scaling.py            about 6 minutes on two CPU cores
     python benchmarks/scaling.py --quick    three short runs per line
 
 Small random Llamas on two CPU ranks through sft_v1.py. Each line varies one thing and keeps the rest:
