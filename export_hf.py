@@ -29,12 +29,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 
-import checkpoints
-import files
-import model_card
-import plain_text
-import resize_vocab
-import settings
+from sft import hf_folder, settings, system
+from sft.data import chatml
+from sft.evaluation import model_card, reading_check
+from sft.training import checkpoints
 
 # ---- Files ----
 CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of the run, written by sft_v1.py
@@ -68,7 +66,7 @@ def choose(folder, name):
     found = checkpoints.newest_whole(folder)
     if found is None:
         raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
-    return found, files.read_json(found / "facts.json", "sft_v1.py")
+    return found, system.read_json(found / "facts.json", "sft_v1.py")
 
 
 def describe_base(base):
@@ -76,10 +74,10 @@ def describe_base(base):
 
     Raises: SystemExit if it cannot end a turn or has no template: what is exported from it could not either.
     """
-    layout, ids = resize_vocab.shards(base), resize_vocab.special_ids(base, resize_vocab.load_tokenizer(base))
-    stops = files.read_json(Path(base) / "generation_config.json", "resize_vocab.py").get("eos_token_id")
+    layout, ids = hf_folder.shards(base), chatml.special_ids(base, hf_folder.load_tokenizer(base))
+    stops = system.read_json(Path(base) / "generation_config.json", "resize_vocab.py").get("eos_token_id")
     if ids["eos"] not in (stops if isinstance(stops, list) else [stops]):
-        raise SystemExit(f"{base}: generation stops at {stops}, not at {resize_vocab.STOP}. Resize the base again.")
+        raise SystemExit(f"{base}: generation stops at {stops}, not at {chatml.STOP}. Resize the base again.")
     if not (Path(base) / "chat_template.jinja").is_file():
         raise SystemExit(f"{base} has no chat_template.jinja. Run resize_vocab.py again.")
     shapes = {}
@@ -95,9 +93,9 @@ def agree(checkpoint, facts, base):
     Raises: SystemExit if base or tokenizer are not the run's, if they cannot end a turn, or if names or shapes differ
     from the base's.
     """
-    resize_vocab.shards(base)  # a folder without a model is told as such
-    digests = {"base": files.folder_digest(base, "*.safetensors")}
-    digests["tokenizer"] = files.sha256(Path(base) / "tokenizer.json")
+    hf_folder.shards(base)  # a folder without a model is told as such
+    digests = {"base": system.folder_digest(base, "*.safetensors")}
+    digests["tokenizer"] = system.sha256(Path(base) / "tokenizer.json")
     for kind, digest in digests.items():
         if facts["fingerprints"][kind] != digest:
             raise SystemExit(f"{base} is not the {kind} that {checkpoint} was trained from. Name it with --base-model.")
@@ -179,8 +177,8 @@ def write_configs(base, output, dtype_name):
     for path in Path(base).iterdir():
         if path.is_file() and not path.name.startswith("model") and path.name != "resize.json":
             shutil.copyfile(path, output / path.name)
-    config = files.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
-    tokenizer = files.read_json(output / "tokenizer_config.json", "resize_vocab.py")
+    config = system.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
+    tokenizer = system.read_json(output / "tokenizer_config.json", "resize_vocab.py")
     tokenizer["chat_template"] = (output / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 refuses "TokenizersBackend"
     for name, content in (("config.json", config | older_names(config)), ("tokenizer_config.json", tokenizer)):
@@ -194,7 +192,7 @@ def check_tokenizer(base, output):
     """Return the tokenizer of `output`. Raises: SystemExit unless it has `base`'s template, and one BOS at most."""
     tokenizer = AutoTokenizer.from_pretrained(output)
     template = (Path(base) / "chat_template.jinja").read_text(encoding="utf-8")
-    legacy = files.read_json(Path(output) / "tokenizer_config.json", "export_hf.py").get("chat_template")
+    legacy = system.read_json(Path(output) / "tokenizer_config.json", "export_hf.py").get("chat_template")
     if not tokenizer.chat_template == legacy == template:
         raise SystemExit(f"{output}: its chat template is not the one of {base}.")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -252,20 +250,20 @@ def verify(checkpoint, shapes, dtype, base, output):
     logits of three prompts against the `base`'s configuration filled with the checkpoint's weights.
     Raises: SystemExit naming what differs.
     """
-    layout = resize_vocab.shards(output)
+    layout = hf_folder.shards(output)
     held = [name for names in layout.values() for name in names]
     if wrong := sorted(set(held) ^ shapes.keys()):
         raise SystemExit(f"{output} and the checkpoint differ in {len(wrong)} names, first {wrong[0]}.")
     tokenizer = check_tokenizer(base, output)
     reference = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=dtype).eval()
     head = reference.get_output_embeddings().weight
-    if (reference.get_input_embeddings().weight is head) is (resize_vocab.HEAD in shapes):
+    if (reference.get_input_embeddings().weight is head) is (hf_folder.HEAD in shapes):
         raise SystemExit(f"{output}: input and output embedding are tied in one of checkpoint and config.json only.")
     parts = dict(reference.named_parameters())
     for file_name, names in layout.items():
         expected = read_weights(checkpoint, names, shapes, dtype)
         with safe_open(Path(output) / file_name, "pt") as file:
-            if wrong := [n for n in names if not resize_vocab.same_bits(file.get_tensor(n), expected[n])]:
+            if wrong := [n for n in names if not hf_folder.same_bits(file.get_tensor(n), expected[n])]:
                 raise SystemExit(f"{Path(output) / file_name}: {wrong[0]} differs from the checkpoint.")
         for name in names:
             if name not in parts:
@@ -273,11 +271,11 @@ def verify(checkpoint, shapes, dtype, base, output):
             parts[name].data.copy_(expected[name])
     theirs = logits(reference, tokenizer)
     del reference, parts, head, expected
-    model = resize_vocab.load(output, dtype)
+    model = hf_folder.load_model(output, "", dtype)
     for prompt, ours, expected in zip(PROMPTS, logits(model, tokenizer), theirs, strict=True):
         if not torch.equal(ours, expected):
             raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's.")
-    check_configs(output, shapes, resize_vocab.special_ids(output, resize_vocab.load_tokenizer(output)))
+    check_configs(output, shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
     return model, tokenizer
 
 
@@ -296,10 +294,12 @@ def sample(model, tokenizer, question, max_new_tokens):
 
 def prove(model, tokenizer, output):
     """Print how the verified `model` reads plain text and answers two questions, with a warning where it does not."""
-    line, reads = plain_text.verdict(plain_text.loss(model, tokenizer), model.get_input_embeddings().num_embeddings)
+    line, reads = reading_check.verdict(
+        reading_check.loss(model, tokenizer), model.get_input_embeddings().num_embeddings
+    )
     print(line)
     if not reads:
-        print(f"WARNING: {output} is what was trained, but it cannot read plain text. {plain_text.CAUSES}")
+        print(f"WARNING: {output} is what was trained, but it cannot read plain text. {reading_check.CAUSES}")
     ended = []
     for question in QUESTIONS:
         answer, stopped = sample(model, tokenizer, question, MAX_NEW_TOKENS)
@@ -316,7 +316,7 @@ def prove(model, tokenizer, output):
 
 def chat(folder, temperature):
     """Talk to the model in `folder` in this terminal until Ctrl-D; an empty line starts anew."""
-    model = resize_vocab.load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = hf_folder.load_model(folder, "").to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         raise SystemExit(f"{folder} has no chat template: it is no chat model.")
@@ -367,14 +367,14 @@ def main(run):
     output = Path(CARD or VERIFY_ONLY or OUTPUT_DIR)
     dtype_name = DTYPE
     if CARD or VERIFY_ONLY:
-        dtype_name = files.read_json(output / "config.json", "export_hf.py").get("dtype")
+        dtype_name = system.read_json(output / "config.json", "export_hf.py").get("dtype")
         if dtype_name not in ("bfloat16", "float32"):
             raise SystemExit(f"{output} says dtype {dtype_name!r}: it is no export of this script.")
     dtype = getattr(torch, dtype_name)
     if VERIFY_ONLY or CARD:
         model, tokenizer = verify(checkpoint, shapes, dtype, BASE_MODEL, output)
     else:
-        with files.staged(output) as staging:
+        with system.staged(output, "--output-dir") as staging:
             write_weights(checkpoint, shapes, dtype, int(MAX_SHARD_GB * 1e9), staging)
             write_configs(BASE_MODEL, staging, DTYPE)
             model_card.write(staging, facts, checkpoint, shapes, DTYPE, EVAL_RESULTS)

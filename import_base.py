@@ -24,12 +24,9 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import chatml
-import files
-import plain_text
-import resize_vocab
-import sentencepiece_tokenizer
-import settings
+from sft import hf_folder, settings, system
+from sft.data import sentencepiece_tokenizer
+from sft.evaluation import reading_check
 
 # ---- Files ----
 CHECKPOINT = "pretrain/step_040000"  # DCP folder | torch.save file | .safetensors file or a folder of them
@@ -74,8 +71,8 @@ def hugging_face_name(name):
     """Return what `name` of a checkpoint is called in a Hugging Face Llama; any other name stays as it is."""
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
     core = re.sub(r"^(model\.)+", "", name)
-    if core in ("output.weight", resize_vocab.HEAD):
-        return resize_vocab.HEAD
+    if core in ("output.weight", hf_folder.HEAD):
+        return hf_folder.HEAD
     layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+?)", core.removesuffix(".weight")).groups(default="")
     return f"model.{layer}{META.get(part, part)}.weight" if core.endswith(".weight") else name
 
@@ -200,7 +197,7 @@ def choose(entries, expected, ignore, checkpoint):
     problems = [f"twice: {', '.join(name for _, name in places)}" for places in found.values() if len(places) > 1]
     problems += [f"unmatched: {places[0][1]}" for name, places in found.items() if name not in expected]
     # Without a head of its own the model is tied.
-    problems += [f"missing: {name}" for name in expected if name not in found and name != resize_vocab.HEAD]
+    problems += [f"missing: {name}" for name in expected if name not in found and name != hf_folder.HEAD]
     for name in expected.keys() & found.keys():
         shape, dtype = entries[found[name][0]]
         if shape != expected[name] or not dtype.is_floating_point:
@@ -244,13 +241,15 @@ def read_tokenizer(path, run):
     if not path.is_file():
         raise SystemExit(f"{path} is missing. Name the tokenizer.model or tokenizer.json with --tokenizer.")
     if path.suffix == ".json":
-        tokenizer = resize_vocab.load_tokenizer(path.parent)
+        tokenizer = hf_folder.load_tokenizer(path.parent)
         names = {"bos_token": run["BOS_TOKEN"] or None, "eos_token": run["EOS_TOKEN"]}
         if (path.parent / "tokenizer_config.json").is_file():
-            config = files.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
-            names = {f"{kind}_token": token for kind, token in chatml.token_names(config, path.parent).items()}
+            config = system.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
+            names = {f"{kind}_token": token for kind, token in hf_folder.token_names(config, path.parent).items()}
     else:
-        tokenizer, names = sentencepiece_tokenizer.convert(path, run["ADD_BOS"], plain_text.PASSAGE.read_text("utf-8"))
+        tokenizer, names = sentencepiece_tokenizer.convert(
+            path, run["ADD_BOS"], reading_check.PASSAGE.read_text("utf-8")
+        )
     names = {kind: token for kind, token in names.items() if token}
     if unknown := [f"{kind} {token!r}" for kind, token in names.items() if tokenizer.token_to_id(token) is None]:
         raise SystemExit(f"{path} has no {', '.join(unknown)}. Name its own with --bos-token and --eos-token.")
@@ -293,10 +292,10 @@ def write_tokenizer(tokenizer, names, ids, context, folder):
 def better_layout(state, config, folder):
     """Return (`state` in the rotary layout in which the model reads better, what was measured), written on the way."""
     write(state, config, folder)
-    model, tokenizer = resize_vocab.load(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
-    halves, changed = plain_text.loss(model, tokenizer), to_halves(state, config)
+    model, tokenizer = hf_folder.load_model(folder, "", torch.float32), AutoTokenizer.from_pretrained(folder)
+    halves, changed = reading_check.loss(model, tokenizer), to_halves(state, config)
     model.load_state_dict(changed, strict=False)
-    neighbours = plain_text.loss(model, tokenizer)
+    neighbours = reading_check.loss(model, tokenizer)
     told = f"{halves:.2f} nats per token read as halves, {neighbours:.2f} as neighbours"
     if neighbours < halves:
         return changed, f"{told}: neighbours, permuted to halves"
@@ -310,7 +309,7 @@ def main(run):
     """Import as the settings `run` (dict) say."""
     transformers.utils.logging.disable_progress_bar()
     checkpoint, output = Path(CHECKPOINT), Path(OUTPUT_DIR)
-    files.refuse_unless_empty(output)
+    system.refuse_unless_empty(output, "--output-dir")
     config = make_config(run)
     tokenizer, names = read_tokenizer(Path(TOKENIZER), run)
     if not checkpoint.exists():
@@ -327,21 +326,23 @@ def main(run):
     state = {name: tensors[place].to(dtype) for name, place in places.items()}
     if wrong := [name for name, part in state.items() if not part.isfinite().all()]:
         raise SystemExit(f"{checkpoint}: {wrong[0]} is not finite. Choose an earlier checkpoint.")
-    tied = torch.equal(state.get(resize_vocab.HEAD, state[resize_vocab.EMBEDDING]), state[resize_vocab.EMBEDDING])
+    tied = torch.equal(state.get(hf_folder.HEAD, state[hf_folder.EMBEDDING]), state[hf_folder.EMBEDDING])
     if tied:
-        state.pop(resize_vocab.HEAD, None)
+        state.pop(hf_folder.HEAD, None)
     ids = {f"{kind}_token_id": tokenizer.token_to_id(names.get(f"{kind}_token", "")) for kind in ("bos", "eos")}
     config.update(ids | {"tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")})
 
-    with files.staged(output) as staging:
+    with system.staged(output, "--output-dir") as staging:
         write_tokenizer(tokenizer, names, ids, CONTEXT, staging)
         state, told = better_layout(state, config, staging)
         write(state, config, staging)
-        nats = plain_text.loss(resize_vocab.load(staging, torch.float32), AutoTokenizer.from_pretrained(staging))
-        line, reads = plain_text.verdict(nats, VOCAB_SIZE, EXPECTED_LOSS)
+        nats = reading_check.loss(
+            hf_folder.load_model(staging, "", torch.float32), AutoTokenizer.from_pretrained(staging)
+        )
+        line, reads = reading_check.verdict(nats, VOCAB_SIZE, EXPECTED_LOSS)
         print(f"rotary pairs: {told}\n{line}")
         if not reads:
-            raise SystemExit(f"{checkpoint}: this model cannot read; nothing was written. {plain_text.CAUSES}")
+            raise SystemExit(f"{checkpoint}: this model cannot read; nothing was written. {reading_check.CAUSES}")
     count, rows = sum(part.numel() for part in state.values()), VOCAB_SIZE - tokenizer.get_vocab_size()
     print(
         f"{CHECKPOINT} -> {OUTPUT_DIR}: {len(state)} tensors, {count:,} parameters in {config.dtype}, "

@@ -36,14 +36,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-import chatml
-import conversations
-import data_report
-import decontamination
-import files
-import processes
-import sequences
-import settings
+from sft import settings, system
+from sft.data import chatml, conversations, data_report, decontamination
+from sft.data import sources as data_sources
+from sft.data import workers as data_workers
 
 # ---- Files ----
 BASE_TOKENIZER = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
@@ -96,7 +92,8 @@ SHOW = 0  # print this many finished sequences per source from OUTPUT_DIR and st
 # ==== Facts ====
 
 # the data depends on their code
-RULES = ("prepare_data.py", "sequences.py", "chatml.py", "conversations.py", "decontamination.py")
+RULES = ("prepare_data.py", *(f"sft/data/{name}.py" for name in ("sources", "conversations", "chatml", "workers")))
+RULES += ("sft/data/decontamination.py",)
 HISTOGRAM_BINS = 32  # of sequence lengths, from 0 to MAX_SEQ_LEN
 
 
@@ -134,7 +131,7 @@ class Split:
     def close(self):
         """Put the stream on the disk; return the digest of lengths, ids and mask, 64 hex digits."""
         self.stream.close()
-        files.durable(self.path)
+        system.durable(self.path)
         return hashlib.sha256("".join(part.hexdigest() for part in self.hashes).encode()).hexdigest()
 
 
@@ -206,7 +203,7 @@ def prepare_source(work, place, paths, seen, workers):
     with (
         paths["ledger"].open("w", encoding="utf-8") as ledger,
         tqdm(total=goal, desc=name, unit="row", dynamic_ncols=True) as bar,
-        contextlib.closing(sequences.results(work, order, workers)) as batches,
+        contextlib.closing(data_workers.results(work, order, workers)) as batches,
     ):
         for fates, lengths, ids, mask in batches:
             homes = [None] * len(fates)  # the split that each row goes to
@@ -392,8 +389,9 @@ def find_overlap(run, path):
         return None
     flags = {"--tasks": ",".join(run["DECONTAMINATE_AGAINST"]), "--include-path": run["TASKS_INCLUDE_PATH"]}
     flags |= {"--ngram": str(run["DECONTAMINATION_NGRAM"]), "--output": str(path)}
-    command = [sys.executable, decontamination.__file__, *itertools.chain.from_iterable(flags.items())]
-    done = subprocess.run(command, preexec_fn=processes.leave_to_parent)
+    command = [sys.executable, "-m", "sft.data.decontamination", *itertools.chain.from_iterable(flags.items())]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}
+    done = subprocess.run(command, env=env, preexec_fn=system.leave_to_parent)
     if done.returncode < 0:
         raise SystemExit(
             f"Reading the evaluation's questions was ended by signal {-done.returncode}, mostly for want of memory. "
@@ -415,14 +413,14 @@ def prepare(run, sources, folder, staging):
     for part in (data / "tokenizer", data / "train", data / "validation", staging / "progress"):
         part.mkdir(parents=True, exist_ok=True)
     tokenizer, encoder = build_encoder(run, data / "tokenizer")
-    found = [conversations.find_source(source, folder) for source in sources]
+    found = [data_sources.find_source(source, folder) for source in sources]
     overlap = find_overlap(run, ngrams := staging / "progress" / "evaluation.npz")
     elsewhere = ("OUTPUT_DIR", "BASE_TOKENIZER", "MIXTURE", "WORKERS", "SHOW")  # what the bytes do not depend on
     versions = {m.__name__: m.__version__ for m in (np, tokenizers, transformers, datasets)}
     chain = [
-        [Path(__file__).with_name(name).read_text(encoding="utf-8").partition("\n# ====")[2] for name in RULES],
+        [(Path(__file__).parent / name).read_text(encoding="utf-8").partition("\n# ====")[2] for name in RULES],
         {name: value for name, value in run.items() if name not in elsewhere},
-        [versions, files.folder_digest(data / "tokenizer", "*"), overlap and files.sha256(ngrams)],
+        [versions, system.folder_digest(data / "tokenizer", "*"), overlap and system.sha256(ngrams)],
     ]
     workers = run["WORKERS"] or len(os.sched_getaffinity(0))
     seen, lines = Seen([source["name"] for source in sources]), []
@@ -435,7 +433,7 @@ def prepare(run, sources, folder, staging):
         else:
             paths["done"].unlink(missing_ok=True)
             try:
-                work = sequences.Work(source, open_rows(), encoder, overlap, run)
+                work = data_workers.Work(source, open_rows(), encoder, overlap, run)
                 line = prepare_source(work, place, paths, seen, workers)
             except BaseException:
                 for path in paths.values():  # a full disk stays usable
@@ -443,7 +441,7 @@ def prepare(run, sources, folder, staging):
                 raise
             line |= {"source": source, "revision": facts["revision"]}
             sizes = {name: path.stat().st_size for name, path in paths.items() if name != "done"}
-            files.write_whole(paths["done"], json.dumps({"chain": chain, "bytes": sizes, "line": line}))
+            system.write_whole(paths["done"], json.dumps({"chain": chain, "bytes": sizes, "line": line}))
         lines.append(line)
     digest = {
         split: hashlib.sha256("".join(line["digest"][split] for line in lines).encode()).hexdigest()
@@ -463,7 +461,7 @@ def prepare(run, sources, folder, staging):
     report = {
         "settings": run,
         "versions": {"python": platform.python_version()} | versions,
-        "tokenizer_sha256": files.sha256(data / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": system.sha256(data / "tokenizer" / "tokenizer.json"),
         "base_tokenizer": run["BASE_TOKENIZER"],
         "base_vocab_size": Tokenizer.from_file(str(Path(run["BASE_TOKENIZER"]) / "tokenizer.json")).get_vocab_size(),
         "vocab_size": len(tokenizer),
@@ -477,7 +475,7 @@ def prepare(run, sources, folder, staging):
     data_report.draw(report, data / "report.png")
     loaded = datasets.load_from_disk(str(data))
     assert len(loaded["train"]) == report["totals"]["sequences"]
-    files.write_whole(data / "report.json", json.dumps(report, indent=1) + "\n")
+    system.write_whole(data / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -489,13 +487,13 @@ def main(run):
         return
     sources, folder = read_mixture(MIXTURE)
     output, started = Path(OUTPUT_DIR), time.perf_counter()
-    files.refuse_unless_empty(output)
+    system.refuse_unless_empty(output, "--output-dir")
     staging = output.with_name(f"{output.name}.unfinished")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of its own would not survive the fork; see start_worker
     later = f"Finished sources, if any, stay in {staging}; the same command goes on after them."
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        with files.lock(staging):
+        with system.lock(staging, "--output-dir"):
             try:
                 report = prepare(run, sources, folder, staging)
                 if output.exists():
@@ -508,7 +506,7 @@ def main(run):
     except ChildProcessError:
         raise SystemExit(f"A worker process was killed, mostly for want of memory: lower WORKERS. {later}") from None
     except OSError as error:
-        remedy = "Free disk space." if error.errno in conversations.FULL else "Check the folder and your rights to it."
+        remedy = "Free disk space." if error.errno in data_sources.FULL else "Check the folder and your rights to it."
         raise SystemExit(f"{output} cannot be written ({error}). {remedy} {later}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped. {later}") from None

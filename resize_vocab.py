@@ -17,12 +17,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-import chatml
-import files
-import settings
+from sft import hf_folder, settings, system
+from sft.data import chatml
+from sft.hf_folder import EMBEDDING, HEAD
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # Hugging Face folder with safetensors and the base's tokenizer
@@ -31,18 +30,7 @@ OUTPUT_DIR = "checkpoints/base"  # folder to write; it must not hold anything ye
 
 # ==== Reading ====
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-STOP = chatml.CHATML[1]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-def load_tokenizer(folder):
-    """Return the `Tokenizer` of the file tokenizer.json in `folder`."""
-    try:
-        return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise SystemExit(f"{folder}: no readable tokenizer.json ({error}).") from None
 
 
 def check_extension(base, extended, folder):
@@ -69,58 +57,6 @@ def check_extension(base, extended, folder):
     return added
 
 
-def special_ids(folder, tokenizer):
-    """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
-    tokens = chatml.token_names(files.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py"), folder)
-    ids = {kind: tokens[kind] and tokenizer.token_to_id(tokens[kind]) for kind in ("bos", "eos", "pad")}
-    if tokens["eos"] != STOP or ids["eos"] is None:
-        raise SystemExit(f"{folder} ends turns with {tokens['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
-    if ids["pad"] in (None, ids["eos"]):
-        raise SystemExit(
-            f"{folder} pads with {tokens['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
-            "Run prepare_data.py again."
-        )
-    return ids
-
-
-def shards(folder):
-    """Return {file name: [tensor names]} of the safetensors in `folder`, one file or several with an index.
-
-    Raises: SystemExit if there are none or one that the index names is missing.
-    """
-    folder = Path(folder)
-    index, promised = folder / "model.safetensors.index.json", None
-    parts = ["model.safetensors"]
-    if index.is_file():
-        promised = files.read_json(index, "your download").get("weight_map")
-        if not isinstance(promised, dict) or any(Path(name).name != name for name in map(str, promised.values())):
-            raise SystemExit(f"{index} holds no map from tensors to files of that folder. Download the model again.")
-        parts = sorted(set(promised.values()))
-    if missing := [name for name in parts if not (folder / name).is_file()]:
-        if found := sorted(path.name for path in folder.glob("*.bin")):
-            raise SystemExit(f"{folder} has {found[0]}, but no {missing[0]}. Only safetensors are read: save it so.")
-        raise SystemExit(f"{folder} has no {missing[0]}. Name the folder that holds the model.")
-    names = {}
-    for name in parts:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                names[name] = list(file.keys())
-        except Exception as error:  # safetensors raises its own SafetensorError
-            raise SystemExit(f"{folder / name} is no readable safetensors file ({error}).") from None
-    held = {tensor: name for name, tensors in names.items() for tensor in tensors}
-    if promised is not None and held != promised:
-        wrong = sorted(held.items() ^ promised.items())[0][0]
-        raise SystemExit(f"{index} and the files disagree about the tensor {wrong}. Download the model again.")
-    return names
-
-
-def same_bits(first, second):
-    """Return whether two tensors have the same dtype, shape and bits (0.0 and -0.0 differ, NaN equals itself)."""
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    return torch.equal(*(tensor.detach().contiguous().view(torch.uint8) for tensor in (first, second)))
-
-
 def check_base(config, layout, folder):
     """Return (rows of the embedding, whether the head is tied to it).
 
@@ -144,7 +80,7 @@ def check_base(config, layout, folder):
                 f"{folder}: {name} has {len(table)} rows, but config.json says vocab_size {config.get('vocab_size')}. "
                 "Correct config.json, or export the base again."
             )
-    if tied and HEAD in tables and not same_bits(tables[HEAD], tables[EMBEDDING]):
+    if tied and HEAD in tables and not hf_folder.same_bits(tables[HEAD], tables[EMBEDDING]):
         raise SystemExit(
             f"{folder}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}. Set tie_word_embeddings "
             "to false if the model has a head of its own."
@@ -185,7 +121,7 @@ def write_weights(base, layout, output, change):
 def write_configs(base, output, config, tokenizer_dir, ids, rows):
     """Write config.json and generation_config.json with the prepared tokenizer's `ids`, and copy that tokenizer."""
     generation = base / "generation_config.json"
-    generation = files.read_json(generation, "your download") if generation.is_file() else {}
+    generation = system.read_json(generation, "your download") if generation.is_file() else {}
     stops = generation.get("eos_token_id", config.get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
     ids = {f"{kind}_token_id": place for kind, place in ids.items() if place is not None}
@@ -199,33 +135,19 @@ def write_configs(base, output, config, tokenizer_dir, ids, rows):
             shutil.copyfile(Path(tokenizer_dir) / name, output / name)
 
 
-# ==== Verification ====
-
-
-def load(folder, dtype="auto"):
-    """Return the model in `folder`, in evaluation mode. Raises: SystemExit unless every tensor finds its place."""
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # transformers raises several kinds for weights that do not fit the config
-        raise SystemExit(f"{folder} does not load with transformers ({type(error).__name__}: {error}).") from None
-    if problems := {kind: sorted(names) for kind, names in info.items() if names}:
-        raise SystemExit(f"{folder} does not load strictly: {problems}.")
-    return model.eval()
-
-
 def verify(base, output, new_ids, real, tied):
     """Load both folders with transformers and compare them. Raises: SystemExit naming what differs.
 
     Checked: the tie, every old row's bits, every new row against the mean, all other tensors' bits, old logits.
     """
-    old, new = load(base), load(output)
+    old, new = hf_folder.load_model(base, ""), hf_folder.load_model(output, "")
     embeddings = new.get_input_embeddings().weight
     if (embeddings.data_ptr() == new.get_output_embeddings().weight.data_ptr()) is not tied:
         raise SystemExit(
             f"{output}: input and output embedding are {'not ' if tied else ''}one tensor after reloading."
         )
     parts = dict(new.named_parameters())
-    if stray := {name for names in shards(output).values() for name in names} - parts.keys():
+    if stray := {name for names in hf_folder.shards(output).values() for name in names} - parts.keys():
         raise SystemExit(
             f"{base}: the tensor {min(stray)} is no parameter of its model. Remove it from the safetensors."
         )
@@ -238,12 +160,12 @@ def verify(base, output, new_ids, real, tied):
             if not (result[new_ids] == mean).all():
                 raise SystemExit(f"{output}: a new row of {name} is not the mean of the old ones.")
             tensor, result = tensor[kept], result[: len(kept)][kept]
-        if not same_bits(tensor, result):
+        if not hf_folder.same_bits(tensor, result):
             raise SystemExit(f"{output}: {name} changed.")
     prompt = real[:: max(1, len(real) // 16)][None]
     with torch.no_grad():
         before, after = (model(input_ids=prompt).logits for model in (old, new))
-    if not same_bits(before[..., kept], after[..., : len(kept)][..., kept]):
+    if not hf_folder.same_bits(before[..., kept], after[..., : len(kept)][..., kept]):
         raise SystemExit(f"{output}: logits of old tokens changed.")
 
 
@@ -254,10 +176,10 @@ def main(run):
     """Write the resized model as the settings `run` (dict) say, and verify it."""
     transformers.utils.logging.disable_progress_bar()
     base, output = Path(BASE_MODEL), Path(OUTPUT_DIR)
-    config = files.read_json(base / "config.json", "your download")
-    base_tokenizer, tokenizer = load_tokenizer(base), load_tokenizer(TOKENIZER)
-    new, ids = check_extension(base_tokenizer, tokenizer, TOKENIZER), special_ids(TOKENIZER, tokenizer)
-    layout = shards(base)
+    config = system.read_json(base / "config.json", "your download")
+    base_tokenizer, tokenizer = hf_folder.load_tokenizer(base), hf_folder.load_tokenizer(TOKENIZER)
+    new, ids = check_extension(base_tokenizer, tokenizer, TOKENIZER), chatml.special_ids(TOKENIZER, tokenizer)
+    layout = hf_folder.shards(base)
     base_rows, tied = check_base(config, layout, base)
     new_ids, old_ids = list(new.values()), sorted(base_tokenizer.get_vocab(with_added_tokens=True).values())
     real = torch.tensor(old_ids)
@@ -272,8 +194,8 @@ def main(run):
         return resized(tensor, real, new_ids, vocabulary) if name in (EMBEDDING, HEAD) else tensor
 
     facts = {"base": BASE_MODEL, "base_rows": base_rows, "rows": rows, "tied": tied, "new_ids": new}
-    facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": files.sha256(Path(TOKENIZER) / "tokenizer.json")}
-    with files.staged(output) as staging:
+    facts |= {"averaged_rows": len(old_ids), "tokenizer_sha256": system.sha256(Path(TOKENIZER) / "tokenizer.json")}
+    with system.staged(output, "--output-dir") as staging:
         write_weights(base, layout, staging, change)
         write_configs(base, staging, config, TOKENIZER, ids, rows)
         (staging / "resize.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -53,4 +53,5 @@ command -v lm_eval > /dev/null || refuse "no lm_eval on the path. Activate the e
 
 export RESIZED_MODEL TASKS INCLUDE_PATH FEWSHOT LIMIT CHAT_TEMPLATE ASSISTANT_DATA ASSISTANT_FLAGS CHECK_READING
 export DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS OUTPUT
-exec "$(dirname "$(command -v lm_eval)")/python" "$(dirname "$0")/measure.py" "$name" "$model"
+export PYTHONPATH="$(cd "$(dirname "$0")" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+exec "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$name" "$model"

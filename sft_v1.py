@@ -28,13 +28,8 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import datasets
-import numpy as np
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -43,16 +38,10 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig
 
-import checkpoints
 import export_hf
-import files
-import memory_plan
-import ranks
-import settings
-import step_plan
-import training_log
-import validation
-from model import each_tensor, load_model, micro_batch, prepare_blocks
+from sft import settings, system
+from sft.training import checkpoints, dataloader, distributed, hardware, memory_plan, training_log, validation
+from sft.training import model as sft_model
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
@@ -131,81 +120,6 @@ def learning_rate(step, total_steps, peak, floor, warmup_steps):
     return floor + (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
-# ==== Data ====
-
-
-def load_data(data_dir):
-    """Return the `datasets` splits "train" and "validation" of the folder. Raises: SystemExit if they do not load."""
-    try:
-        data = datasets.load_from_disk(data_dir)
-        wanted = ["input_ids", "assistant_masks", "source"]
-        return {name: data[name].select_columns(wanted) for name in ("train", "validation")}
-    except (OSError, KeyError, ValueError) as error:
-        raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
-
-
-def sequence_lengths(dataset):
-    """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
-    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
-
-
-class Batches:
-    """Turns lists of sequence indices into this rank's micro-batches of them, one list ahead of the training."""
-
-    def __init__(self, dataset, sizes, budget, device):
-        self.dataset = dataset.select_columns(["input_ids", "assistant_masks"]).with_format("numpy")
-        self.lengths = sequence_lengths(dataset)
-        self.costs = step_plan.cost(self.lengths, sizes.matrices, sizes.attention)
-        self.head, self.budget, self.device = sizes.head, budget, device
-
-    def each(self, lists):
-        """Yield (indices, this rank's micro-batches, facts) for each of `lists` of indices.
-
-        A thread reads and lays out the next list meanwhile. facts: "tokens", "trainable_tokens", "idle_share" and
-        "flops" (forward and backward) over all ranks, "data_seconds" that the training waited.
-        """
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque()
-            for indices in lists:
-                ahead.append(pool.submit(self.build, indices))
-                if len(ahead) > 1:
-                    yield self.ready(ahead.popleft())
-            while ahead:
-                yield self.ready(ahead.popleft())
-
-    def ready(self, promise):
-        """Wait for what `build` made and move it to the device."""
-        began = time.perf_counter()
-        indices, batches, facts = promise.result()
-        waited = {"data_seconds": round(time.perf_counter() - began, 4)}
-        return indices, [each_tensor(batch, self.to_device) for batch in batches], facts | waited
-
-    def to_device(self, tensor):
-        return tensor.to(self.device, non_blocking=True)
-
-    def build(self, indices):
-        """Return what `each` yields for `indices`, on the CPU (in pinned memory if a GPU will take it)."""
-        indices = [int(i) for i in indices]
-        plan = step_plan.lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
-        rows = self.rows(indices)
-        batches = [micro_batch([rows[i] for i in batch]) for batch in plan[dist.get_rank()]]
-        if self.device.type == "cuda":
-            batches = [each_tensor(batch, torch.Tensor.pin_memory) for batch in batches]
-        trainable = sum(int(mask[1:].sum()) for _, mask in rows.values())
-        facts = {
-            "tokens": int(self.lengths[indices].sum()),
-            "trainable_tokens": trainable,
-            "idle_share": round(float(step_plan.idle_share(plan, self.costs)), 4),
-            "flops": int(self.costs[indices].sum()) + 6 * self.head * trainable,
-        }
-        return indices, batches, facts
-
-    def rows(self, indices):
-        """Return {index: (input_ids, assistant_masks)} of some sequences."""
-        rows = self.dataset[indices]
-        return dict(zip(indices, zip(rows["input_ids"], rows["assistant_masks"], strict=True), strict=True))
-
-
 # ==== Gates: what must hold before any long work ====
 
 
@@ -242,15 +156,15 @@ def agree(data_dir, base_model):
     Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
     Raises: SystemExit naming the script to run again.
     """
-    report = files.read_json(Path(data_dir) / "report.json", "prepare_data.py")
-    config = files.read_json(Path(base_model) / "config.json", "resize_vocab.py")
+    report = system.read_json(Path(data_dir) / "report.json", "prepare_data.py")
+    config = system.read_json(Path(base_model) / "config.json", "resize_vocab.py")
     if not any(Path(base_model).glob("*.safetensors")):
         raise SystemExit(f"{base_model} has no safetensors. Run resize_vocab.py again.")
     digests = {}
     for folder, script in ((Path(data_dir) / "tokenizer", "prepare_data.py"), (Path(base_model), "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
             raise SystemExit(f"{folder} has no tokenizer.json. Run {script} again.")
-        digests[script] = files.sha256(folder / "tokenizer.json")
+        digests[script] = system.sha256(folder / "tokenizer.json")
     if digests["prepare_data.py"] != report.get("tokenizer_sha256"):
         raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
     rows, tokens = config.get("vocab_size"), report.get("vocab_size")
@@ -266,7 +180,7 @@ def agree(data_dir, base_model):
     return {
         "data": json.dumps(report.get("digest"), sort_keys=True),
         "tokenizer": digests["prepare_data.py"],
-        "base": files.folder_digest(base_model, "*.safetensors"),
+        "base": system.folder_digest(base_model, "*.safetensors"),
     }
 
 
@@ -276,10 +190,10 @@ def check_output(output_dir, facts):
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return
     if not (output_dir / "run.json").is_file():
-        if (output_dir / files.LOCK).is_file():
+        if (output_dir / system.LOCK).is_file():
             return  # a run that was killed before it had written anything
         raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
-    before = files.read_json(output_dir / "run.json", "sft_v1.py")
+    before = system.read_json(output_dir / "run.json", "sft_v1.py")
     before = {kind: value for kind, value in before.items() if isinstance(value, dict)}
     changed = [
         f"{name} (then {before.get(kind, {}).get(name)}, now {facts[kind][name]})"
@@ -332,7 +246,7 @@ def resume(checkpoint, state, fingerprints):
 
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
-    facts = files.read_json(checkpoint / "facts.json", "sft_v1.py")
+    facts = system.read_json(checkpoint / "facts.json", "sft_v1.py")
     if facts["fingerprints"] != fingerprints:
         raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --output-dir.")
     if checkpoint.name != f"step_{facts['step']:06d}":
@@ -354,7 +268,7 @@ def resume(checkpoint, state, fingerprints):
         raise SystemExit(f"{checkpoint}: moments of {sorted(counts)} updates beside weights of {facts['updates']}.")
     for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
         parts = [t.to_local() if hasattr(t, "to_local") else t for n, t in state.items() if n.startswith(moment)]
-        if facts["updates"] and not any(checkpoints.on_every_rank(any(bool(part.any()) for part in parts))):
+        if facts["updates"] and not any(distributed.on_every_rank(any(bool(part.any()) for part in parts))):
             raise SystemExit(
                 f"{checkpoint}: all of {moment}* is zero after {facts['updates']} updates; choose another."
             )
@@ -397,10 +311,10 @@ def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_g
     # FSDP averages gradients over the ranks; times world_size makes that the sum.
     scale = dist.get_world_size() / trainable_tokens
     for number, batch in enumerate(batches, start=1):
-        ranks.at(part=f"micro-batch {number} of {len(batches)}")
+        distributed.at(part=f"micro-batch {number} of {len(batches)}")
         communicate = number == len(batches) or memory_policy == "per_micro_batch"
         total += forward_backward(model, batch, scale, communicate)
-    ranks.at(part="sum over the ranks")
+    distributed.at(part="sum over the ranks")
     shared = torch.stack([total, torch.full_like(total, float(stop))])
     dist.all_reduce(shared)
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -439,16 +353,16 @@ def train(model, optimizer, batches, look, run, facts, log, stop):
     """
     step, updates, saved, skipped, stopped = facts["step"], facts["updates"], facts["step"], 0, False
     if step == 0 and look:
-        ranks.at("the validation before step 1")
+        distributed.at("the validation before step 1")
         log.write({"step": 0} | look(0))
-    peak = dist.get_world_size() * training_log.peak_flops(batches.device, getattr(torch, run["COMPUTE_DTYPE"]))
+    peak = dist.get_world_size() * hardware.peak_flops(batches.device, getattr(torch, run["COMPUTE_DTYPE"]))
     order = (
-        step_plan.sequences_of_step(len(batches.lengths), run["SEED"], number, run["SEQUENCES_PER_STEP"])
+        dataloader.sequences_of_step(len(batches.lengths), run["SEED"], number, run["SEQUENCES_PER_STEP"])
         for number in range(step, facts["total_steps"])
     )
     began = time.perf_counter()
     for indices, parts, line in batches.each(order):
-        ranks.at(f"step {step + 1}")
+        distributed.at(f"step {step + 1}")
         lr = learning_rate(
             step, facts["total_steps"], run["LEARNING_RATE"], run["MIN_LEARNING_RATE"], run["WARMUP_STEPS"]
         )
@@ -464,7 +378,7 @@ def train(model, optimizer, batches, look, run, facts, log, stop):
         line |= {"micro_batches": len(parts), "step_seconds": round(seconds, 4)}
         line |= {"tokens_per_second": round(line["tokens"] / seconds, 1)}
         line |= {"trainable_tokens_per_second": round(line["trainable_tokens"] / seconds, 1)}
-        line |= {"mfu": round(line.pop("flops") / seconds / peak, 4), "peak_gib": training_log.peak_gib(batches.device)}
+        line |= {"mfu": round(line.pop("flops") / seconds / peak, 4), "peak_gib": hardware.peak_gib(batches.device)}
         log.judge(line, indices, updated, run["SPIKE_SIGMA"])
         if skipped == run["MAX_SKIPPED_IN_A_ROW"]:
             raise SystemExit(
@@ -493,7 +407,7 @@ def save(model, optimizer, run, facts, log, saved):
     The next try is at the next SAVE_EVERY: where a write fails late, one after each step would stall the run.
     """
     step = facts["step"]
-    ranks.at(f"saving step {step}", patient=True)
+    distributed.at(f"saving step {step}", patient=True)
     try:
         log.sync()
         state = training_state(model, optimizer)
@@ -527,7 +441,7 @@ def claim(run, facts):
     """Check this run's folder, lock it against a second one, and clear what a killed save left. Returns the lock."""
     check_output(run["OUTPUT_DIR"], facts)
     Path(run["OUTPUT_DIR"]).mkdir(parents=True, exist_ok=True)
-    lock = files.lock(run["OUTPUT_DIR"])
+    lock = system.lock(run["OUTPUT_DIR"], "--output-dir")
     checkpoints.clear_staging(run["OUTPUT_DIR"])
     return lock
 
@@ -538,7 +452,7 @@ def announce(run, facts, lines, parameters, changed):
     if step < facts["total_steps"]:
         count = max(1, run["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(output_dir)))
         checkpoints.check_room(output_dir, parameters * 12 * count)
-    files.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
+    system.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {step}: {'; '.join(changed)}.")
     print(lines)
@@ -555,13 +469,13 @@ def make_plan(run, config, lengths, place, limit):
     Returns: (memory_plan.Plan, what step_plan.survey finds, total steps, the lines to print).
     """
     world_size, machines, _ = place
-    one_epoch = step_plan.steps_per_epoch(len(lengths), run["SEQUENCES_PER_STEP"])
+    one_epoch = dataloader.steps_per_epoch(len(lengths), run["SEQUENCES_PER_STEP"])
     total_steps = run["MAX_STEPS"] or run["EPOCHS"] * one_epoch
     sizes, dtype = memory_plan.shapes(config), getattr(torch, run["COMPUTE_DTYPE"])
     plan = memory_plan.choose(config, world_size // machines, dtype, run, int(lengths.max()), limit)
-    costs = step_plan.cost(lengths, sizes.matrices, sizes.attention)
+    costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
     steps = min(one_epoch, total_steps)
-    survey = step_plan.survey(lengths, world_size, plan.tokens, costs, run["SEED"], steps, run["SEQUENCES_PER_STEP"])
+    survey = dataloader.survey(lengths, world_size, plan.tokens, costs, run["SEED"], steps, run["SEQUENCES_PER_STEP"])
     lines = memory_plan.describe(plan, config, run, lengths, survey, total_steps, limit, place)
     return plan, survey, total_steps, lines
 
@@ -581,59 +495,61 @@ def main(run):
     validate_settings(run)
     transformers.utils.logging.disable_progress_bar()
     if PLAN_ONLY:
-        config, data = read_config(BASE_MODEL), load_data(DATA_DIR)
-        check_lengths(sequence_lengths(data["train"]), "training", SEQUENCES_PER_STEP, config, TOKENS_PER_MICRO_BATCH)
+        config, data = read_config(BASE_MODEL), dataloader.load_data(DATA_DIR)
+        check_lengths(
+            dataloader.sequence_lengths(data["train"]), "training", SEQUENCES_PER_STEP, config, TOKENS_PER_MICRO_BATCH
+        )
         limit = (PLAN_GIB - RESERVED_GIB) * memory_plan.GIB
-        print(make_plan(run, config, sequence_lengths(data["train"]), (PLAN_RANKS, 1, "cuda"), limit)[-1])
+        print(make_plan(run, config, dataloader.sequence_lengths(data["train"]), (PLAN_RANKS, 1, "cuda"), limit)[-1])
         return
-    device, mesh = ranks.join(DEVICE)
+    device, mesh = distributed.join(DEVICE)
     if device.type == "cuda" and COMPUTE_DTYPE == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
-    with ranks.Watch(COLLECTIVE_TIMEOUT_SECONDS):
-        ranks.at("loading", patient=True)
+    with distributed.Watch(COLLECTIVE_TIMEOUT_SECONDS):
+        distributed.at("loading", patient=True)
         fingerprints = agree(DATA_DIR, BASE_MODEL)
         chosen = json.loads(json.dumps(run))  # as a checkpoint gives them back: a tuple is a list there
-        facts = {"fingerprints": fingerprints, "settings": chosen, "versions": training_log.versions()}
+        facts = {"fingerprints": fingerprints, "settings": chosen, "versions": hardware.versions()}
         facts |= {"step": 0, "updates": 0, "world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
-        ranks.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
-        lock = ranks.on_rank0(lambda: claim(run, facts))
-        ranks.check_shared(OUTPUT_DIR, files.LOCK)
+        distributed.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
+        lock = distributed.on_rank0(lambda: claim(run, facts))
+        distributed.check_shared(OUTPUT_DIR, system.LOCK)
 
-        data, config = load_data(DATA_DIR), read_config(BASE_MODEL)
+        data, config = dataloader.load_data(DATA_DIR), read_config(BASE_MODEL)
         for split, need in (("train", SEQUENCES_PER_STEP), ("validation", 1)):
             if split == "train" or VALIDATE_EVERY:
-                check_lengths(sequence_lengths(data[split]), split, need, config, TOKENS_PER_MICRO_BATCH)
+                check_lengths(dataloader.sequence_lengths(data[split]), split, need, config, TOKENS_PER_MICRO_BATCH)
         place = (dist.get_world_size(), dist.get_world_size() // mesh.size(-1), device.type)
-        limit = ranks.memory(device) - RESERVED_GIB * memory_plan.GIB
-        lengths = sequence_lengths(data["train"])
-        planned = ranks.on_rank0(lambda: make_plan(run, config, lengths, place, limit))
-        plan, survey, facts["total_steps"], lines = checkpoints.on_every_rank(planned)[0]
+        limit = hardware.memory(device) - RESERVED_GIB * memory_plan.GIB
+        lengths = dataloader.sequence_lengths(data["train"])
+        planned = distributed.on_rank0(lambda: make_plan(run, config, lengths, place, limit))
+        plan, survey, facts["total_steps"], lines = distributed.on_every_rank(planned)[0]
         facts["plan"] = dataclasses.asdict(plan)
 
-        model = load_model(BASE_MODEL, LOSS_CHUNK_TOKENS)
-        prepare_blocks(model, plan.checkpointing, COMPILE == "on")
+        model = sft_model.load_model(BASE_MODEL, LOSS_CHUNK_TOKENS)
+        sft_model.prepare_blocks(model, plan.checkpointing, COMPILE == "on")
         sizes = memory_plan.shapes(config)
-        batches = Batches(data["train"], sizes, plan.tokens, device)
-        held_out = Batches(data["validation"], sizes, plan.tokens, device) if VALIDATE_EVERY else None
+        batches = dataloader.Batches(data["train"], sizes, plan.tokens, device)
+        held_out = dataloader.Batches(data["validation"], sizes, plan.tokens, device) if VALIDATE_EVERY else None
         shard(model, mesh, getattr(torch, COMPUTE_DTYPE), plan.memory_policy)
         optimizer = make_optimizer(model, (ADAM_BETA1, ADAM_BETA2), ADAM_EPS, WEIGHT_DECAY)
-        checkpoint = ranks.on_rank0(lambda: choose_checkpoint(OUTPUT_DIR, RESUME))
+        checkpoint = distributed.on_rank0(lambda: choose_checkpoint(OUTPUT_DIR, RESUME))
         changed = []
-        if checkpoint := checkpoints.on_every_rank(checkpoint)[0]:
+        if checkpoint := distributed.on_every_rank(checkpoint)[0]:
             stored = resume(checkpoint, training_state(model, optimizer), fingerprints)
             changed = segment(stored, facts)
             told = [{"after_step": stored["step"], "changed": changed}] if changed else []
             facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
-        ranks.on_rank0(lambda: export_hf.dry_run(BASE_MODEL))
-        ranks.agree_on({"step": facts["step"], "training tokens": int(lengths.sum())})
-        ranks.on_rank0(lambda: announce(run, facts, lines, sizes.all, changed))
+        distributed.on_rank0(lambda: export_hf.dry_run(BASE_MODEL))
+        distributed.agree_on({"step": facts["step"], "training tokens": int(lengths.sum())})
+        distributed.on_rank0(lambda: announce(run, facts, lines, sizes.all, changed))
         if facts["step"] < facts["total_steps"]:
-            ranks.at("the largest micro-batch, tried first")
-            largest = micro_batch(list(batches.rows(survey["largest"]).values()))
-            rehearse(model, optimizer, each_tensor(largest, batches.to_device), plan)
+            distributed.at("the largest micro-batch, tried first")
+            largest = dataloader.micro_batch(list(batches.rows(survey["largest"]).values()))
+            rehearse(model, optimizer, dataloader.each_tensor(largest, batches.to_device), plan)
             log = training_log.Log(OUTPUT_DIR, facts["step"], facts["total_steps"])
             look = validation.looker(model, data, held_out, log, run, device)
-            train(model, optimizer, batches, look, run, facts, log, ranks.Stop(OUTPUT_DIR))
+            train(model, optimizer, batches, look, run, facts, log, distributed.Stop(OUTPUT_DIR))
             log.close()
     del lock  # held to here
     dist.destroy_process_group()

@@ -135,7 +135,7 @@ def write_tokenizer(folder):
     """Write a chat tokenizer of one word, as prepare_data.py and resize_vocab.py would: the data's ids are made up."""
     import transformers
 
-    import chatml
+    from sft.data import chatml
 
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
@@ -155,7 +155,7 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
     import datasets
     import numpy as np
 
-    import step_plan
+    from sft.training import dataloader
 
     datasets.disable_progress_bars()
     integer = datasets.Value("uint16" if vocabulary <= 2**16 else "uint32")
@@ -168,7 +168,7 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
         return datasets.Dataset.from_dict(parts, features=datasets.Features(features))
 
     stored = [None] * len(sequences)
-    for place, row in zip(step_plan.epoch_order(len(sequences), SEED, 0), sequences, strict=True):
+    for place, row in zip(dataloader.epoch_order(len(sequences), SEED, 0), sequences, strict=True):
         stored[place] = row
     shutil.rmtree(folder, ignore_errors=True)
     splits = {"train": split(stored), "validation": split(sequences[:4]), "ordered": split(sequences)}

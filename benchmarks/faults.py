@@ -33,10 +33,10 @@ import numpy as np
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-import checkpoints
-import ranks
-import settings
 import sft_v1
+from sft import settings
+from sft.training import checkpoints, dataloader, distributed
+from sft.training import model as sft_model
 
 # ---- Faults ----
 KILLS = 200  # processes or groups of processes killed before the result is printed
@@ -151,11 +151,14 @@ POINTS = {
         0,
         wrap(Path, "replace", lambda path, t: path.name == "metrics.jsonl.unfinished"),
     ),
-    "loading the data": (1, wrap(sft_v1, "load_data", lambda *a: True)),
-    "loading the model": (0, wrap(sft_v1, "load_model", lambda *a: True)),
+    "loading the data": (1, wrap(dataloader, "load_data", lambda *a: True)),
+    "loading the model": (0, wrap(sft_model, "load_model", lambda *a: True)),
     "loading a checkpoint": (1, wrap(dcp, "load", lambda *a, **k: True)),
     "first step": (0, wrap(sft_v1, "train_step", lambda *a: True)),
-    "mid-step": (1, wrap(ranks, "at", lambda name=None, part="", patient=False: part.startswith("micro-batch 2"))),
+    "mid-step": (
+        1,
+        wrap(distributed, "at", lambda name=None, part="", patient=False: part.startswith("micro-batch 2")),
+    ),
 }
 ONCE = [p for p in POINTS if p.startswith(("loading", "while run", "while metrics"))]  # points that a start passes once
 VICTIMS = ("rank 0", "rank 1", "all", "launcher")

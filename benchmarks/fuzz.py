@@ -27,7 +27,10 @@ from types import SimpleNamespace
 
 import common
 
-import settings
+from sft import settings
+from sft.data import chatml
+from sft.data import sources as data_sources
+from sft.data import workers as data_workers
 
 # ---- Size ----
 INPUTS = 100_000  # over all kinds, each with its share
@@ -159,8 +162,8 @@ def feed_rows(world, source, data):
 
 def judged(world, source, rows, number):
     """Take `number` rows the way of a worker of prepare_data.py, with the lines of its ledger."""
-    world.sequences.WORK = world.sequences.Work(source, rows, world.encoders[0], None, RUN)
-    fates, lengths, ids, mask = world.sequences.prepare_rows(list(range(number)))
+    data_workers.WORK = data_workers.Work(source, rows, world.encoders[0], None, RUN)
+    fates, lengths, ids, mask = data_workers.prepare_rows(list(range(number)))
     assert len(fates) == number and sum(lengths) == len(ids) == len(mask)
     for fate in fates:
         assert bool(fate.reason) == (not fate.sequences)
@@ -180,7 +183,7 @@ def feed_files(world, source, data):
     path = world.folder / source["path"]
     path.write_bytes(data)
     try:
-        rows = world.conversations.find_source(source, world.folder)[0]()
+        rows = data_sources.find_source(source, world.folder)[0]()
         judged(world, source, rows, len(rows))
     finally:
         path.unlink()
@@ -249,7 +252,7 @@ def feed_mixture(world, name, data):
         print(source["name"])
         json.dumps(source)
         if "path" in source:
-            world.conversations.find_source(source, folder)
+            data_sources.find_source(source, folder)
 
 
 def make_checkpoints(rng):
@@ -417,13 +420,11 @@ def build_world(folder):
     """Return what every feed_* needs: the suite's modules, two encoders, and a folder to work in, the current one."""
     import datasets
 
-    import chatml
-    import checkpoints
-    import compare_evals
-    import conversations
     import prepare_data
-    import sequences
     import sft_v1
+    from sft.data import conversations
+    from sft.evaluation import compare_evals
+    from sft.training import checkpoints
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it tells of every Parquet file, past redirect_stderr
@@ -431,7 +432,8 @@ def build_world(folder):
     bases = [write_base(folder / "byte_level", True), write_base(folder / "spm", False)]
     encoders = [chatml.Encoder(*chatml.extend_tokenizer(base, True, True), True, True) for base in bases]
     names = {
-        m.__name__: m for m in (chatml, checkpoints, compare_evals, conversations, prepare_data, sequences, sft_v1)
+        m.__name__.rpartition(".")[2]: m
+        for m in (chatml, checkpoints, compare_evals, conversations, prepare_data, sft_v1)
     }
     return SimpleNamespace(folder=folder, encoders=encoders, **names)
 

@@ -17,7 +17,7 @@ import sys
 import common
 import torch
 
-import settings
+from sft import settings
 
 # ---- Runs ----
 STEPS = 20  # optimizer steps of a run

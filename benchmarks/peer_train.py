@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import settings
+from sft import settings
 
 # ---- Peer ----
 RECIPE = "trl"  # "trl" | "padded"

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-import settings
+from sft import settings
 
 # ---- Inputs ----
 MESSAGES = "benchmarks/work/messages.jsonl"  # the conversations

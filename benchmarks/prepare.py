@@ -20,7 +20,9 @@ import time
 
 import common
 
-import settings
+from sft import settings
+from sft.data import conversations
+from sft.data import sources as data_sources
 
 # ---- Size ----
 ROUNDS = 3  # of raw, start-up and ours; the medians count
@@ -43,9 +45,8 @@ def write_inputs(source, rows, array):
 
     Returns: how many conversations were written.
     """
-    import conversations
 
-    open_rows, _ = conversations.find_source(SOURCE | {"path": source}, common.ROOT)
+    open_rows, _ = data_sources.find_source(SOURCE | {"path": source}, common.ROOT)
     stored, kept = open_rows(), 0
     found = stored.take(range(min(rows or len(stored), len(stored))))
     if rows:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import common
 
-import settings
+from sft import settings
+from sft.data import sources as data_sources
 
 # ---- Size ----
 CONVERSATIONS = 1_000_000  # generated, half of them per source
@@ -42,10 +43,10 @@ LIMIT_GIB = 2  # the target
 
 def generate(source, conversations, files):
     """Write `conversations` different conversations, half as `messages` lines, half as a `conversations` array."""
-    import conversations as rules
+    from sft.data import conversations
 
     sentences = {}
-    rows = rules.JsonRows(source)
+    rows = data_sources.JsonRows(source)
     for row, _ in rows.take(range(len(rows) - 1)):  # the last is cut off
         for text in [turn["value"] for turn in row["conversations"]]:
             sentences |= dict.fromkeys(s for s in re.split(r"(?<=[.!?])\s+", text) if 30 < len(s) < 250)

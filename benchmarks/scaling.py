@@ -18,7 +18,7 @@ import statistics
 
 import common
 
-import settings
+from sft import settings
 
 # ---- Size ----
 STEPS = 12  # optimizer steps of each point

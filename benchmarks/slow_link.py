@@ -27,7 +27,7 @@ import sys
 
 import common
 
-import settings
+from sft import settings
 
 # ---- Runs ----
 ROUNDS = 2  # of both policies in turn; the median of all timed steps counts

@@ -15,7 +15,7 @@ from pathlib import Path
 import common
 import faults
 
-import settings
+from sft import settings
 
 # ---- Soak ----
 STEPS = 300  # optimizer steps

@@ -13,8 +13,9 @@ import time
 
 import common
 
-import processes
-import settings
+from sft import settings
+from sft.training import cpu, dataloader
+from sft.training import model as sft_model
 
 # ---- Size ----
 TOKENS = 4096  # of the micro-batch, at most
@@ -33,10 +34,8 @@ def measure():
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    import model as sft_model
-
     torch.set_num_threads(1)
-    processes.keep_memory()  # as a rank on a CPU does
+    cpu.keep_memory()  # as a rank on a CPU does
     stored, rows, tokens = datasets.load_from_disk(FOLDER / "prepared")["train"].with_format("numpy"), [], 0
     for row in stored:
         if tokens + len(row["input_ids"]) <= TOKENS:
@@ -44,9 +43,9 @@ def measure():
             tokens += len(row["input_ids"])
     model = sft_model.load_model(str(FOLDER / "base"), 1024).to(torch.bfloat16)
     for _ in range(WARM):
-        model(**sft_model.micro_batch(rows)).backward()
+        model(**dataloader.micro_batch(rows)).backward()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
-        model(**sft_model.micro_batch(rows)).backward()
+        model(**dataloader.micro_batch(rows)).backward()
     table = profiled.key_averages()
     lines = {line.key: line for line in table}
     whole = sum(line.self_cpu_time_total for line in table) / 1e6

@@ -20,7 +20,7 @@ import common
 import datasets
 import torch
 
-import settings
+from sft import settings
 
 # ---- Sweep ----
 LEARNING_RATES = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")  # peaks, one run each

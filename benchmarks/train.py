@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import common
 
-import settings
+from sft import settings
 
 # ---- Size ----
 ROUNDS = 3  # all in turn, after the first only the best of ours and of TRL; the medians of the rounds' ratios count

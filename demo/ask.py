@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+
 import export_hf
-import settings
+from sft import settings
 
 # ---- Files ----
 BEFORE_MODEL = "demo/work/base"  # Hugging Face folder

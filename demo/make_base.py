@@ -14,7 +14,8 @@ import torch
 import transformers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import settings
+
+from sft import settings
 
 # ---- Files ----
 WORK_DIR = "demo/work"  # folder that holds the downloaded wheel

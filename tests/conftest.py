@@ -85,7 +85,7 @@ def spm_tokenizer_dir(tmp_path_factory):
     return save(tokenizer, tmp_path_factory.mktemp("spm") / "base", names)
 
 
-PASSAGE = Path(__file__).resolve().parent.parent / "plain_text.txt"
+PASSAGE = Path(__file__).resolve().parent.parent / "sft" / "evaluation" / "plain_text.txt"
 
 
 def make_reader(tokenizer, folder, tied=True):

@@ -1,13 +1,15 @@
 """assistant_check.py on two tiny models: one that knows nothing, and one that learnt its answers and to end them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import assistant_check
+from sft.data import chatml
+from sft.evaluation import assistant_check
 
 REPO = Path(__file__).parents[1]
 CONVERSATIONS = [
@@ -37,8 +39,6 @@ def write_tokenizer(folder):
 def write_data(folder, base, train_on_special_tokens=True):
     """A folder as prepare_data.py writes it, of CONVERSATIONS, with the tokenizer in `base` extended; returns that."""
     import datasets
-
-    import chatml
 
     tokenizer, adds_bos = chatml.extend_tokenizer(base, train_on_special_tokens, False)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -85,8 +85,9 @@ def place(tmp_path_factory):
 def check(place, *flags):
     folders = ("--data-dir", "data", "--before-model", "before", "--after-model", "after", "--output-dir", "out")
     return subprocess.run(
-        [sys.executable, REPO / "assistant_check.py", *folders, "--max-new-tokens", "40", *flags],
+        [sys.executable, "-m", "sft.evaluation.assistant_check", *folders, "--max-new-tokens", "40", *flags],
         cwd=place,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
         capture_output=True,
         text=True,
         timeout=120,

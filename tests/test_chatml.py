@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-import chatml
-import conversations
+from sft.data import chatml, conversations
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 EDGES = [

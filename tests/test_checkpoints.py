@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-import checkpoints
+from sft.training import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,16 +2,16 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import compare_evals
-import eval_results
+from sft.evaluation import compare_evals, eval_results
 
-SCRIPT = Path(__file__).parents[1] / "compare_evals.py"
+SCRIPT = Path(__file__).parents[1] / "sft" / "evaluation" / "compare_evals.py"
 TIME = "2026-01-02T03-04-05.678901"
 
 
@@ -80,7 +80,13 @@ def share(right, n):
 
 def compare(tmp_path, *flags):
     return subprocess.run(
-        [sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120, encoding="utf-8"
+        [sys.executable, SCRIPT, *flags],
+        env=os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        encoding="utf-8",
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_run_eval import write_dataset
 
-import decontamination
+from sft.data import decontamination
 
 ROOT = Path(__file__).resolve().parent.parent
 LESS = 'or go on without it: --decontaminate-against "" (the comparison before/after then proves less).'
@@ -70,9 +70,9 @@ def write_data(root):
 
 def script(place, *arguments):
     return subprocess.run(
-        [sys.executable, ROOT / "decontamination.py", *arguments],
+        [sys.executable, "-m", "sft.data.decontamination", *arguments],
         cwd=place,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf")},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf")},
         capture_output=True,
         text=True,
         encoding="utf-8",

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import conversations
 import prepare_data
+from sft.data import conversations
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 

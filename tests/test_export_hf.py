@@ -15,10 +15,10 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import checkpoints
 import export_hf
-import files
 import resize_vocab
+from sft import system
+from sft.training import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = {
@@ -184,8 +184,8 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
         if harm:
             harm(state)
         base = folder / "checkpoints" / "base"
-        prints = {"data": "", "tokenizer": files.sha256(base / "tokenizer.json")}
-        prints["base"] = files.folder_digest(base, "*.safetensors")
+        prints = {"data": "", "tokenizer": system.sha256(base / "tokenizer.json")}
+        prints["base"] = system.folder_digest(base, "*.safetensors")
         recipe = (
             "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
         )
@@ -366,7 +366,7 @@ def test_the_card_gets_the_evaluation_of_these_weights_only(tmp_path, export):
     (results / "after").mkdir(parents=True)
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
-    for digest, shown in (("0" * 64, False), (files.sha256(folder / "model.safetensors"), True)):
+    for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
         (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
         export(CARD="exports/sft_v1")
         assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import import_base
-import sentencepiece_tokenizer
+from sft.data import sentencepiece_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"VOCAB_SIZE": 400, "HIDDEN_SIZE": 64, "LAYERS": 2, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE_SIZE": 128}

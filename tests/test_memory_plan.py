@@ -11,11 +11,10 @@ import transformers
 from common import GENESIS, genesis_lengths
 from test_sft_v1 import ROOT, sequences, tiny_config, write_base
 
-import memory_plan
-import model as sft_model
 import prepare_data
-import ranks
 import sft_v1
+from sft.training import dataloader, hardware, memory_plan
+from sft.training import model as sft_model
 
 AUTO = {"MEMORY_POLICY": "auto", "ACTIVATION_CHECKPOINTING": "auto", "TOKENS_PER_MICRO_BATCH": 0}
 AUTO |= {"LOSS_CHUNK_TOKENS": 1024}
@@ -43,9 +42,9 @@ def test_two_depths_tell_the_bytes_of_any_depth(kind, checkpointing):
     sft_model.prepare_blocks(model, checkpointing, False)
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = sft_model.micro_batch([(np.zeros(n, np.int64), np.ones(n, bool)) for n in (50, 100)])
+    batch = dataloader.micro_batch([(np.zeros(n, np.int64), np.ones(n, bool)) for n in (50, 100)])
     with memory_plan.LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        model(**sft_model.each_tensor(batch, lambda t: t.to("meta"))).backward()
+        model(**dataloader.each_tensor(batch, lambda t: t.to("meta"))).backward()
     assert told == pytest.approx(live.peak, rel=0.01)
 
 
@@ -59,7 +58,7 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(tmp_pa
     plan = memory_plan.choose(config, 1, torch.bfloat16, run | {"TOKENS_PER_MICRO_BATCH": 512}, 128, 2**40)
     rng = np.random.default_rng(0)
     batches = [
-        sft_model.micro_batch([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(3)
+        dataloader.micro_batch([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(3)
     ]
     with memory_plan.LiveBytes([]) as live:
         model = sft_model.load_model(base, run["LOSS_CHUNK_TOKENS"])
@@ -149,12 +148,12 @@ def test_a_micro_batch_that_does_not_fit_names_the_settings_to_change():
 
     config = tiny_config()
     plan = memory_plan.choose(config, 1, torch.bfloat16, AUTO, 64, 2**40)
-    batch = sft_model.micro_batch(list(zip(*sequences(4, 515), strict=True)))
+    batch = dataloader.micro_batch(list(zip(*sequences(4, 515), strict=True)))
     with pytest.raises(SystemExit, match=r"largest micro-batch \(\d+ tokens\) does not fit .* Raise RESERVED_GIB"):
         sft_v1.rehearse(Full(), None, batch, plan)
 
 
 def test_ranks_share_the_memory_of_a_machine(monkeypatch):
-    whole = ranks.memory(torch.device("cpu"))
+    whole = hardware.memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert ranks.memory(torch.device("cpu")) == whole // 2
+    assert hardware.memory(torch.device("cpu")) == whole // 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import plain_text
+from sft.evaluation import reading_check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +40,8 @@ def test_only_the_whole_model_reads(reader_dir, fault):
     model = transformers.AutoModelForCausalLM.from_pretrained(reader_dir)
     if fault:
         fault(model)
-    nats = plain_text.loss(model, transformers.AutoTokenizer.from_pretrained(reader_dir))
-    line, reads = plain_text.verdict(nats, 400, expected=1.93)
+    nats = reading_check.loss(model, transformers.AutoTokenizer.from_pretrained(reader_dir))
+    line, reads = reading_check.verdict(nats, 400, expected=1.93)
     assert reads is (fault is None)
     assert f"{nats:.2f} nats per token" in line and "among 400 tokens: 5.99" in line and "1.93 at the end" in line
     assert ("CANNOT READ" in line) is (fault is not None)
@@ -56,27 +56,27 @@ def test_a_tokenizer_that_cannot_spell_the_passage_never_reads(reader_dir, tmp_p
     (folder / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert plain_text.loss(model, tokenizer) == math.inf
+    assert reading_check.loss(model, tokenizer) == math.inf
 
 
 def test_the_command_ends_with_one_where_the_model_cannot_read(reader_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plain_text, "MODEL_DIR", str(reader_dir))
-    plain_text.main({})
+    monkeypatch.setattr(reading_check, "MODEL_DIR", str(reader_dir))
+    reading_check.main({})
     assert capsys.readouterr().out.endswith("; it reads\n")
     torch.manual_seed(0)
     blank = shutil.copytree(reader_dir, tmp_path / "blank")
     config = transformers.AutoConfig.from_pretrained(reader_dir)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(blank)
-    command = [sys.executable, str(ROOT / "plain_text.py"), "--model-dir", str(blank)]
-    bad = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "sft.evaluation.reading_check", "--model-dir", str(blank)]
+    bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert bad.returncode == 1 and "Likely causes: weights under wrong names" in bad.stderr, bad.stderr
     assert "Traceback" not in bad.stderr
-    monkeypatch.setattr(plain_text, "MODEL_DIR", str(blank))
-    monkeypatch.setattr(plain_text, "WARN_ONLY", True)
-    plain_text.main({})
+    monkeypatch.setattr(reading_check, "MODEL_DIR", str(blank))
+    monkeypatch.setattr(reading_check, "WARN_ONLY", True)
+    reading_check.main({})
     assert "CANNOT READ" in capsys.readouterr().out
     (blank / "tokenizer.json").write_text("{}")
     for folder, sentence in ((blank, "is no model folder that loads"), (tmp_path / "no", "config.json is missing")):
-        monkeypatch.setattr(plain_text, "MODEL_DIR", str(folder))
+        monkeypatch.setattr(reading_check, "MODEL_DIR", str(folder))
         with pytest.raises(SystemExit, match=sentence):
-            plain_text.main({})
+            reading_check.main({})

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-import chatml
-import conversations
 import prepare_data
-import sequences
+from sft.data import chatml
+from sft.data import sources as data_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 # ---- Overflow ----
@@ -36,7 +36,7 @@ def bpe(bpe_tokenizer_dir, tmp_path_factory):
 
 def cut(encoder, turns, max_seq_len, overflow):
     """Return (the sequences as (ids, mask) lists, what was lost)."""
-    pieces, lost = sequences.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
+    pieces, lost = chatml.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
     return [tuple(array.tolist() for array in chatml.laid([], [piece])) for piece in pieces], lost
 
 
@@ -260,7 +260,7 @@ def test_it_needs_no_torch(prepared, bpe_tokenizer_dir):
     (folder / "array_only.json").write_text(json.dumps([mixture[1] | {"examples": "all"}]))
     flags = ["--mixture", folder / "array_only.json", "--base-tokenizer", bpe_tokenizer_dir]
     flags += ["--output-dir", folder / "light", "--decontaminate-against", ""]
-    code = "import sys, prepare_data, settings; prepare_data.main(settings.from_flags(vars(prepare_data)))"
+    code = "import prepare_data; from sft import settings; prepare_data.main(settings.from_flags(vars(prepare_data)))"
     command = [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (folder / "light" / "report.json").exists(), done.stderr
@@ -429,9 +429,9 @@ def test_a_mixture_that_shrank_leaves_nothing_of_its_old_sources(three, tmp_path
 def test_an_edited_setting_in_the_file_repeats_nothing_and_an_edited_rule_everything(
     three, tmp_path, bpe_tokenizer_dir
 ):
-    for name in prepare_data.RULES:
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    script, rules = tmp_path / "prepare_data.py", tmp_path / "conversations.py"
+    shutil.copytree(ROOT / "sft", tmp_path / "sft")
+    shutil.copy(ROOT / "prepare_data.py", tmp_path)
+    script, rules = tmp_path / "prepare_data.py", tmp_path / "sft" / "data" / "conversations.py"
     three(three={"examples": 1000})
     assert run(tmp_path, None, bpe_tokenizer_dir, suite=tmp_path).returncode == 1
     script.write_text(script.read_text().replace("\nWORKERS = 0", "\nWORKERS = 1").replace("10_000", "20_000"))
@@ -511,7 +511,7 @@ def test_what_reads_the_evaluation_ends_with_its_parent_and_leaves_ctrl_c_to_it(
             time.sleep(0.01)
     reader, other = (Path("/proc") / children.read_text().split()[0] for children in (reader, other))
     for child in (reader, other):
-        while b"decontamination.py" not in (child / "cmdline").read_bytes():  # else still a copy of its parent
+        while b"sft.data.decontamination" not in (child / "cmdline").read_bytes():  # else still a copy of its parent
             time.sleep(0.01)
         os.kill(int(child.name), signal.SIGSTOP)  # so that it cannot end by itself
     time.sleep(1)  # the parents have come to wait for them
@@ -608,7 +608,7 @@ def test_parquet_with_odd_names_broken_text_and_dates_is_read_and_its_rows_are_r
     dates = pa.array([1, 1, 2**31 - 1], pa.date32())
     pq.write_table(pa.table({"query": texts, "response": dates}), tmp_path / "it's [0-9]*.parquet")
     source = {"name": "s", "path": "it's [0-9]*.parquet", "schema": "query/response"}
-    rows = conversations.find_source(source, tmp_path)[0]()
+    rows = data_sources.find_source(source, tmp_path)[0]()
     reasons = [unreadable and unreadable[0] for _, unreadable in rows.take([0, 1, 2])]
     assert reasons == [None, "row is not valid UTF-8", "row has a value out of range"]
 
@@ -617,7 +617,7 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     source = {"name": "s", "hub": "no-such-owner/no-such-data", "schema": "messages"}
     with pytest.raises(SystemExit, match=r"s: no-such-owner/no-such-data cannot be read .*give its \"path\""):
-        conversations.find_source(source, tmp_path)
+        data_sources.find_source(source, tmp_path)
 
 
 def test_hub_sources_are_read_by_name_and_by_file(tmp_path, monkeypatch, bpe_tokenizer_dir):
@@ -706,7 +706,7 @@ def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeyp
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
         with pytest.raises(SystemExit, match=r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"):
-            conversations.find_source({"name": "s", "path": "a.parquet", "schema": "query/response"}, tmp_path)
+            data_sources.find_source({"name": "s", "path": "a.parquet", "schema": "query/response"}, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -718,7 +718,7 @@ NESTED = [{"a": "x" * n, "b": [n, {"c": "]},"}]} for n in range(50)] + [7, 12345
 
 def elements(path, chunk=64):
     """Return (the bytes of each element that array_spans finds in the file, which of them are broken and why)."""
-    data, (spans, broken) = path.read_bytes(), conversations.array_spans(path, chunk)
+    data, (spans, broken) = path.read_bytes(), data_sources.array_spans(path, chunk)
     return [data[begin:end] for begin, end in zip(spans[::2], spans[1::2], strict=True)], broken
 
 
@@ -771,19 +771,19 @@ def test_damage_in_a_json_array_costs_its_own_row(tmp_path, capsys, damage, says
             NESTED[:7] + NESTED[8 - (number == 8) : 50]
         )
         assert f"{len(found[number]):,} of its {path.stat().st_size:,} bytes" in capsys.readouterr().err
-    rows = conversations.JsonRows(path)
+    rows = data_sources.JsonRows(path)
     assert rows.take([number]) == [(None, (reason, what, found[number][:80].decode()))]
 
 
 def test_damage_in_a_json_array_is_not_read_to_the_files_end(tmp_path, monkeypatch):
     """Where no row begins as the first did, the rest is lost: told so, and neither held in memory nor read for it."""
-    monkeypatch.setattr(conversations, "LONGEST_ROW", 10_000)
+    monkeypatch.setattr(data_sources, "LONGEST_ROW", 10_000)
     path = tmp_path / "rows.json"
     asked, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, begin: asked.append(size) or pread(file, size, begin))
     for damage, reason in (("{!", "row is not valid JSON"), ('{"a": "', "longer than a million characters")):
         path.write_text('[{"a": 1}, ' + damage + "x" * 1_000_000)
-        rows = conversations.JsonRows(path)
+        rows = data_sources.JsonRows(path)
         assert len(rows) == 2
         [(row, (told, _, start))] = rows.take([1])
         assert row is None and told == reason and start.startswith(damage)
@@ -793,7 +793,7 @@ def test_damage_in_a_json_array_is_not_read_to_the_files_end(tmp_path, monkeypat
 def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("{}\n")
-    rows = conversations.JsonRows(path)
+    rows = data_sources.JsonRows(path)
     os.close(rows.file.fileno())
     with pytest.raises(SystemExit, match=r"rows.jsonl cannot be read at byte 0 \(\[Errno 9\] Bad file descriptor\)"):
         rows.take([0])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 
 import resize_vocab
+from sft import hf_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = {"<|im_start|>": 49_152, "<|im_end|>": 49_153, "<think>": 49_154, "</think>": 49_155}
@@ -227,8 +228,8 @@ def test_a_vocabulary_with_holes_gives_no_token_the_row_of_another():
 
 def test_bits_are_compared_not_values():
     one = torch.tensor([0.0, float("nan")])
-    assert resize_vocab.same_bits(one, one.clone()) and not resize_vocab.same_bits(one, -one)
-    assert not resize_vocab.same_bits(one, one[:1]) and not resize_vocab.same_bits(one, one.bfloat16())
+    assert hf_folder.same_bits(one, one.clone()) and not hf_folder.same_bits(one, -one)
+    assert not hf_folder.same_bits(one, one[:1]) and not hf_folder.same_bits(one, one.bfloat16())
 
 
 def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, bpe_tokenizer_dir, prepared):

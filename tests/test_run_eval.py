@@ -19,7 +19,7 @@ from test_assistant_check import write_data as write_assistant_data
 from test_assistant_check import write_model, write_tokenizer
 from transformers import AutoTokenizer
 
-import eval_results
+from sft.evaluation import eval_results
 
 REPO = Path(__file__).parents[1]
 SEVEN = ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai", "mmlu")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["import_base", "plain_text", "prepare_data", "resize_vocab", "sft_v1", "export_hf", "compare_evals"]
-SCRIPTS += ["assistant_check"]
+SCRIPTS = ["import_base", "prepare_data", "resize_vocab", "sft_v1", "export_hf"]
+SCRIPTS += [f"sft.evaluation.{name}" for name in ("assistant_check", "compare_evals", "reading_check")]
 SCRIPT = '''"""Does nothing much."""
 
-import settings
+from sft import settings
 
 # ---- First group ----
 RATE = 2e-5  # rate per step, 0 to 100% ("quoted", käse)
@@ -106,13 +106,13 @@ def test_wrong_flags_are_refused_with_their_name(run, flags, sentence):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_constant_of_every_script_is_a_flag_with_a_comment(script):
-    import settings
+    from sft import settings
 
-    found = list(settings.constants(ROOT / f"{script}.py"))
+    found = list(settings.constants(ROOT / f"{script.replace('.', '/')}.py"))
     assert found
     for _, name, comment in found:
         assert len(comment) > 5, f"{script}.{name} has no comment"
-    result = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", script, "--help"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0
     for _, name, _ in found:
         assert f"--{name.lower().replace('_', '-')}" in result.stdout

@@ -21,12 +21,10 @@ import torch.nn.functional as F
 import transformers
 from common import write_tokenizer
 
-import checkpoints
-import files
-import model as sft_model
-import settings
 import sft_v1
-import training_log
+from sft import settings, system
+from sft.training import checkpoints, dataloader, training_log
+from sft.training import model as sft_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = datasets.Features(
@@ -70,7 +68,7 @@ def write_data(folder, vocab_size=515, train=None, digest="a"):
     datasets.DatasetDict(split).save_to_disk(folder)
     write_tokenizer(folder / "tokenizer")
     report = {
-        "tokenizer_sha256": files.sha256(folder / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": system.sha256(folder / "tokenizer" / "tokenizer.json"),
         "vocab_size": vocab_size,
         "max_seq_len": 64,
     }
@@ -165,7 +163,7 @@ def packed_gradients(base, rows, groups):
     model = loaded(base, True)
     total = 0.0
     for group in np.array_split(np.arange(len(rows)), groups):
-        loss = model(**sft_model.micro_batch([rows[i] for i in group]))
+        loss = model(**dataloader.micro_batch([rows[i] for i in group]))
         loss.backward()
         total += loss.item()
     return total, {name.removeprefix("causal_lm."): p.grad for name, p in model.named_parameters()}
@@ -225,7 +223,7 @@ def test_attention_on_a_cpu_equals_torchs_kernel_in_each_document_and_holds_no_s
 
     def of_ours(*parts):
         with Watch():
-            documents = sft_model.Documents(lengths, None)
+            documents = dataloader.Documents(lengths, None)
             return sft_model.packed_attention(None, *parts, None, scaling=head_dim**-0.5, documents=documents)[0]
 
     def run(attention, dtype):
@@ -253,7 +251,7 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once(work):
         losses = []
         for model in (plain, compiled):
             model.zero_grad()
-            losses.append(model(**sft_model.micro_batch(part)))
+            losses.append(model(**dataloader.micro_batch(part)))
             losses[-1].backward()
         assert math.isclose(*(loss.item() for loss in losses), rel_tol=1e-5)
         for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
@@ -266,9 +264,9 @@ def test_perturbing_one_sequence_leaves_the_others_loss_unchanged_bit_for_bit(wo
     model = loaded(work / "base", False)
     (first, _), (second, mask) = zip(*sequences(2, 515), strict=True)
     nothing = np.zeros(len(first), bool)
-    alone = model(**sft_model.micro_batch([(second, mask)]))
+    alone = model(**dataloader.micro_batch([(second, mask)]))
     losses = [
-        model(**sft_model.micro_batch([(ids.astype(np.uint16), nothing), (second, mask)]))
+        model(**dataloader.micro_batch([(ids.astype(np.uint16), nothing), (second, mask)]))
         for ids in (first, (first + 100) % 515)
     ]
     assert losses[0].item() == losses[1].item()
@@ -277,7 +275,7 @@ def test_perturbing_one_sequence_leaves_the_others_loss_unchanged_bit_for_bit(wo
 
 def test_a_sequences_first_token_is_never_a_target():
     rows = [(np.arange(10, 15), np.ones(5, bool)), (np.arange(20, 23), np.ones(3, bool))]
-    batch = sft_model.micro_batch(rows)
+    batch = dataloader.micro_batch(rows)
     assert batch["targets"].tolist() == [11, 12, 13, 14, 21, 22]
     assert batch["predictors"].tolist() == [0, 1, 2, 3, 5, 6]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
@@ -287,7 +285,7 @@ def test_a_sequences_first_token_is_never_a_target():
 def test_a_micro_batch_without_targets_gives_a_differentiable_zero(work):
     model = loaded(work / "base", True)
     for rows in ([], [(np.arange(9), np.zeros(9, bool))]):
-        loss = model(**sft_model.micro_batch(rows))
+        loss = model(**dataloader.micro_batch(rows))
         loss.backward()
         assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters())
 
@@ -390,7 +388,8 @@ def test_another_layout_computes_the_same_steps(work, two_ranks, ranks, flags):
 COUNT = """
 import collections, json, sys
 import numpy as np, torch, torch.distributed as dist
-import model as sft_model, ranks, sft_v1
+import sft_v1
+from sft.training import dataloader, distributed, model as sft_model
 
 class Count(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -400,9 +399,9 @@ class Count(torch.utils._python_dispatch.TorchDispatchMode):
             seen[kind[0].replace("_", "") if kind else name] += 1
         return function(*args, **(kwargs or {}))
 
-device, mesh = ranks.join("cpu")
+device, mesh = distributed.join("cpu")
 rng = np.random.default_rng(dist.get_rank())
-batches = [sft_model.micro_batch([(rng.integers(0, 515, 30), np.ones(30, bool))]) for _ in range(8)]
+batches = [dataloader.micro_batch([(rng.integers(0, 515, 30), np.ones(30, bool))]) for _ in range(8)]
 gradients, counts = {}, {}
 for policy in ("per_step", "per_micro_batch"):
     model = sft_model.load_model(sys.argv[1], 16)
@@ -687,7 +686,7 @@ def test_what_does_not_belong_together_is_refused(work, tmp_path):
     (tmp_path / "kept").rename(base / "model.safetensors")
     shutil.rmtree(data / "train")
     with pytest.raises(SystemExit, match=r"holds no finished data .* Run prepare_data.py"):
-        sft_v1.load_data(str(data))
+        dataloader.load_data(str(data))
     (base / "tokenizer.json").write_bytes(b"another")
     with pytest.raises(SystemExit, match=r"tokenizers of .* differ. Run resize_vocab.py"):
         sft_v1.agree(data, base)

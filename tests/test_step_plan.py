@@ -6,21 +6,21 @@ from common import genesis_lengths
 from hypothesis import given
 from hypothesis import strategies as st
 
-import step_plan
+from sft.training import dataloader
 
 
 def test_an_epoch_visits_each_sequence_once_and_epochs_differ():
-    steps = step_plan.steps_per_epoch(1000, 32)
+    steps = dataloader.steps_per_epoch(1000, 32)
     assert steps == 31
-    first = np.concatenate([step_plan.sequences_of_step(1000, 7, step, 32) for step in range(steps)])
-    second = np.concatenate([step_plan.sequences_of_step(1000, 7, step, 32) for step in range(steps, 2 * steps)])
+    first = np.concatenate([dataloader.sequences_of_step(1000, 7, step, 32) for step in range(steps)])
+    second = np.concatenate([dataloader.sequences_of_step(1000, 7, step, 32) for step in range(steps, 2 * steps)])
     assert len(set(first.tolist())) == len(first) == 31 * 32
     assert (first != second).any()
-    assert (first[:32] != step_plan.sequences_of_step(1000, 8, 0, 32)).any()
+    assert (first[:32] != dataloader.sequences_of_step(1000, 8, 0, 32)).any()
 
 
 def test_genesis_has_15955_steps():
-    assert step_plan.steps_per_epoch(510_577, 32) == 15_955
+    assert dataloader.steps_per_epoch(510_577, 32) == 15_955
 
 
 @given(
@@ -29,7 +29,7 @@ def test_genesis_has_15955_steps():
     budget=st.integers(100, 300),
 )
 def test_a_layout_holds_each_sequence_once_within_the_budget_on_ranks_of_equal_forwards(lengths, ranks, budget):
-    plan = step_plan.lay_out(range(len(lengths)), lengths, ranks, budget, lengths)
+    plan = dataloader.lay_out(range(len(lengths)), lengths, ranks, budget, lengths)
     assert sorted(i for rank in plan for batch in rank for i in batch) == list(range(len(lengths)))
     assert len(plan) == ranks and len({len(rank) for rank in plan}) == 1
     assert all(sum(lengths[i] for i in batch) <= budget for rank in plan for batch in rank)
@@ -39,9 +39,9 @@ def test_a_layout_holds_each_sequence_once_within_the_budget_on_ranks_of_equal_f
 def test_ranks_wait_less_than_5_percent_on_genesis_lengths(ranks):
     lengths = genesis_lengths(6400)
     assert 680 < lengths.mean() < 750
-    costs = step_plan.cost(lengths, matrices=924_844_032, attention=32 * 12 * 128)
+    costs = dataloader.cost(lengths, matrices=924_844_032, attention=32 * 12 * 128)
     waits = []
     for step in range(200):
-        indices = step_plan.sequences_of_step(len(lengths), 42, step, 32)
-        waits.append(step_plan.idle_share(step_plan.lay_out(indices, lengths, ranks, 8192, costs), costs))
+        indices = dataloader.sequences_of_step(len(lengths), 42, step, 32)
+        waits.append(dataloader.idle_share(dataloader.lay_out(indices, lengths, ranks, 8192, costs), costs))
     assert np.mean(waits) < 0.05

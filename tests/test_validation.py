@@ -9,11 +9,10 @@ import transformers
 from test_memory_plan import alone as alone  # a fixture
 from test_sft_v1 import metrics, sequences, tiny_config, trained, write_base, write_data
 
-import chatml
-import memory_plan
-import model as sft_model
 import sft_v1
-import validation
+from sft.data import chatml
+from sft.training import dataloader, memory_plan, validation
+from sft.training import model as sft_model
 
 
 @pytest.mark.parametrize("policy", ["per_step", "per_micro_batch"])
@@ -36,15 +35,15 @@ def test_answers_are_those_of_transformers_generate(tmp_path, alone, policy):
 
 def test_the_loss_per_source_is_that_of_its_sequences(tmp_path, alone):
     base = write_base(tmp_path / "base", tiny_config())
-    data = sft_v1.load_data(str(write_data(tmp_path / "data")))["validation"]
+    data = dataloader.load_data(str(write_data(tmp_path / "data")))["validation"]
     model = sft_model.load_model(base, 16)
     sft_v1.shard(model, alone, torch.float32, "per_step")
-    batches = sft_v1.Batches(data, memory_plan.shapes(tiny_config()), 256, torch.device("cpu"))
+    batches = dataloader.Batches(data, memory_plan.shapes(tiny_config()), 256, torch.device("cpu"))
     sources = ["odd" if i % 2 else "even" for i in range(len(data))]
     found = validation.validate(model, batches, sources, 3)
     rows, sums = batches.rows(list(range(len(data)))), {"odd": [], "even": []}
     for i, row in rows.items():
-        loss = model(**sft_model.micro_batch([row])).item()
+        loss = model(**dataloader.micro_batch([row])).item()
         sums[sources[i]].append((loss, int(row[1][1:].sum())))
     for name, parts in sums.items():
         loss, tokens = map(sum, zip(*parts, strict=True))

@@ -9,7 +9,7 @@ import operator
 import os
 from pathlib import Path
 
-import files
+from sft import system
 
 # ==== Facts ====
 
@@ -43,7 +43,7 @@ def finite(value):
 
 def read_json(path, shapes):
     """Parse a JSON file, an object. Raises: SystemExit naming the file when it is not whole or has another shape."""
-    value = files.read_json(path, "run_eval.sh")
+    value = system.read_json(path, "run_eval.sh")
     if wrong := [key for key, shape in shapes.items() if key in value and not fits(value[key], shape)]:
         raise SystemExit(f"{path}: its {wrong[0]} has not the form that lm_eval 0.4 writes. Run run_eval.sh again.")
     return value

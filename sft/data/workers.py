@@ -16,61 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import chatml
-import conversations
-import decontamination
-import processes
+from sft import system
+from sft.data import chatml, conversations, decontamination
 
 BATCH = 500  # rows of a worker's task: enough for the tokenizer, little to wait for at the end
 WORK = None  # in a worker process: the Work it was forked for
-
-
-# ==== Cutting ====
-
-
-def length(segments):
-    """Return the number of tokens in a list of segments (ids, trained)."""
-    return sum(len(ids) for ids, _ in segments)
-
-
-def clip(segments, size):
-    """Return the first `size` tokens of a list of segments."""
-    kept = []
-    for ids, trained in segments:
-        kept.append((ids[:size], trained))
-        size = max(0, size - len(ids))
-    return kept
-
-
-def cut(head, turns, max_seq_len, overflow):
-    """Return (the sequences of one conversation, list of what was lost of it).
-
-    Each sequence is a list of segments (ids, trained) with at most `max_seq_len` tokens, some of them trained; there is
-    none if the conversation does not fit.
-
-    head: the segments before the first turn (a BOS, or none); turns: list of segments each. Splitting keeps exchanges
-    (a user turn and its answer) whole and repeats the system turn; an exchange longer than the window is cut at its end
-    and gets no invented end.
-    """
-    if len(turns) % 2:  # questions and answers come in pairs, so the odd one is the system turn
-        head, turns = head + turns[0], turns[1:]
-    pieces, sizes = [head], [head_size := length(head)]
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
-        size = length(question) + length(answer)
-        if overflow == "split" and sizes[-1] + size > max_seq_len and len(pieces[-1]) > len(head):
-            pieces.append(head)
-            sizes.append(head_size + size)
-        else:
-            sizes[-1] += size
-        pieces[-1] = pieces[-1] + question + answer
-    long = max(sizes) > max_seq_len
-    if long and overflow == "drop":
-        return [], []
-    if long:
-        pieces = [clip(piece, max_seq_len) for piece in pieces]
-    kept = [piece for piece in pieces if any(trained and len(ids) for ids, trained in piece)]
-    lost = ["end cut off at the window"] if long else []
-    return kept, lost + (["exchange without a trained token in the window left out"] if len(kept) < len(pieces) else [])
 
 
 # ==== Workers: rows in, sequences out ====
@@ -108,7 +58,7 @@ def serve(work, pipe):
     """
     global WORK
     WORK = work
-    processes.leave_to_parent()
+    system.leave_to_parent()
     gc.freeze()  # what was inherited is neither searched for garbage nor copied
     # One Rust thread in each process: 1.0 million tokens/s, against 0.76 on the calling thread and 0.75 per core when
     # one process has two (SmolLM2's tokenizer, two cores).
@@ -138,7 +88,7 @@ def prepare_rows(numbers):
     place, sequences = 0, []
     for (fate, turns), encoded in zip(good, encoder.encode([turns for _, turns in good]), strict=True):
         fate.control_text, place = bool(named[place : place + len(turns)].any()), place + len(turns)
-        pieces, lost = cut(head, encoded, run["MAX_SEQ_LEN"], run["OVERFLOW"]) if encoded else ([], [])
+        pieces, lost = chatml.cut(head, encoded, run["MAX_SEQ_LEN"], run["OVERFLOW"]) if encoded else ([], [])
         fate.changes += lost
         if not encoded:
             fate.reason = "text became a control token"
@@ -154,7 +104,7 @@ def prepare_rows(numbers):
     segments = [*itertools.chain.from_iterable(sequences), (encoder.array([]), False)]
     ids = np.concatenate([ids for ids, _ in segments])
     mask = np.repeat([trained for _, trained in segments], [len(ids) for ids, _ in segments])
-    return fates, np.array([length(piece) for piece in sequences], np.int32), ids, mask
+    return fates, np.array([chatml.length(piece) for piece in sequences], np.int32), ids, mask
 
 
 def judge(numbers):

@@ -5,23 +5,16 @@ Used by sft_v1.py.
 
 import json
 import math
-import platform
-import resource
 import statistics
-import subprocess
-import time
 from collections import deque
 from pathlib import Path
 
-import datasets
-import torch
 import torch.distributed as dist
-import transformers
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import files
+from sft import system
 
 RECORDS = ("metrics", "skipped", "spikes", "answers")
 SPIKE_WINDOW = 200  # losses that a spike is compared with
@@ -45,7 +38,7 @@ class Log:
         for name in RECORDS:
             kept = [line for line in self.read(name) if line["step"] <= step] if step else []
             if kept or self.file(name).exists():
-                files.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
+                system.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
         losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
@@ -126,7 +119,7 @@ class Log:
         for name in RECORDS if self.on else ():
             try:
                 if self.file(name).exists():
-                    files.durable(self.file(name))
+                    system.durable(self.file(name))
             except OSError as error:
                 self.say(f"WARNING: {self.file(name)} is not on the disk: {error}")
 
@@ -162,49 +155,3 @@ class Log:
             figure.savefig(self.path.with_name("loss.png"), dpi=120)
         except OSError as error:
             print(f"WARNING: loss.png could not be drawn: {error}")
-
-
-# Dense bf16 operations per second with float32 sums, of NVIDIA's data sheets.
-PEAKS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12, "L40S": 362e12}
-PEAKS |= {"H100": 989e12, "H200": 989e12}
-
-
-def peak_flops(device, dtype):
-    """Return the most floating-point operations per second of this rank's device: of PEAKS, or else measured here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if known := [peak for card, peak in PEAKS.items() if card in name]:
-            return known[0]
-    size, best = 4096 if device.type == "cuda" else 1024, math.inf
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    for _ in range(5):
-        began = time.perf_counter()
-        (matrix @ matrix).sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
-def peak_gib(device):
-    """Return the most GiB that this rank held so far: of GPU memory in tensors, or of the process on a CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-
-
-def versions():
-    """Return the versions, hardware and commit of this process as a dict."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "device": device,
-        "commit": commit or "unknown",
-        "code": files.folder_digest(Path(__file__).parent, "*.py"),
-    }

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import files
-import settings
+from sft import settings, system
 
 # ---- Files ----
 MODEL_DIR = "models/base"  # Hugging Face folder
@@ -76,7 +75,7 @@ def verdict(nats, vocabulary, expected=0.0):
 def main(run):
     """Measure the model of the settings `run` (dict)."""
     transformers.utils.logging.disable_progress_bar()
-    files.read_json(Path(MODEL_DIR) / "config.json", "the script that makes it")
+    system.read_json(Path(MODEL_DIR) / "config.json", "the script that makes it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype="auto").eval()

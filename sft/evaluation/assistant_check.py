@@ -22,9 +22,8 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import files
-import plain_text
-import settings
+from sft import settings, system
+from sft.evaluation import reading_check
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder written by prepare_data.py
@@ -51,7 +50,7 @@ def other_tokenizer(data, before, after):
     for folder, made_by in ((data, "prepare_data.py"), (before, "resize_vocab.py"), (after, "export_hf.py")):
         if not (Path(folder) / "tokenizer.json").is_file():
             return f"{folder} holds no tokenizer.json, {made_by} has not written it."
-        digests[folder] = files.sha256(Path(folder) / "tokenizer.json")
+        digests[folder] = system.sha256(Path(folder) / "tokenizer.json")
     other = [str(folder) for folder in (before, after) if digests[folder] != digests[data]]
     return f"{' and '.join(other)}: the tokenizer is not that of {data}." if other else None
 
@@ -221,7 +220,7 @@ def main(run):
         raise SystemExit("DTYPE must be bfloat16 or float32; ANSWERS, MAX_NEW_TOKENS and BATCH_SIZE at least 1.")
     if problem := other_tokenizer(Path(DATA_DIR) / "tokenizer", BEFORE_MODEL, AFTER_MODEL):
         raise SystemExit(problem)
-    passage = Path(PLAIN_TEXT or plain_text.PASSAGE)
+    passage = Path(PLAIN_TEXT or reading_check.PASSAGE)
     try:
         text = passage.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
@@ -246,7 +245,7 @@ def main(run):
     output.mkdir(parents=True, exist_ok=True)
     write_answers(output / "answers.jsonl", prompts, found, tokenizer)
     facts = {"settings": run, "notes": notes, "rows": table(*found, rows)}
-    files.write_whole(output / "assistant.json", json.dumps(facts, indent=1) + "\n")
+    system.write_whole(output / "assistant.json", json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

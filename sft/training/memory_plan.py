@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM
 
-import model as sft_model
+from sft.training import dataloader
+from sft.training import model as sft_model
 
 GIB = 2**30
 BUDGETS = (8192, 6144, 4096, 3072, 2048, 1024)  # tokens per micro-batch that "auto" tries
@@ -92,8 +93,8 @@ def activation_bytes(config, dtype, lengths, checkpointing, loss_chunk_tokens):
     lengths: tokens of each document of the micro-batch; all of them are trained. The peak of a model grows by the same
     bytes with each block, so two small models give that of any number of blocks.
     """
-    batch = sft_model.micro_batch([(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths])
-    batch = sft_model.each_tensor(batch, lambda tensor: tensor.to("meta"))
+    batch = dataloader.micro_batch([(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths])
+    batch = dataloader.each_tensor(batch, lambda tensor: tensor.to("meta"))
     peaks = []
     for layers in (2, 3):
         model = sft_model.SFTModel(on_meta(config, dtype, layers), loss_chunk_tokens).train()

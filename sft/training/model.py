@@ -3,7 +3,6 @@
 Used by sft_v1.py, and by memory_plan.py on the meta device. The model itself is transformers' AutoModelForCausalLM.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,63 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-# ==== Attention: documents laid end to end, none sees another ====
-
-
-@dataclass(eq=False)
-class Documents:
-    """Where the documents of a micro-batch are. One opaque object: torch.compile would guard each length of a list."""
-
-    lengths: list  # of int, in order, summing to the tokens
-    bounds: torch.Tensor  # int32 [documents + 1], the starts and the end
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal attention of one document on a CPU, a block of queries at a time; the backward makes the scores again.
-
-    torch's own CPU kernel multiplies in smaller tiles and takes about twice as long: benchmarks/step_profile.py.
-    """
-
-    QUERIES = 64  # of a block: its scores over 2,048 keys stay in a core's cache
-
-    @classmethod
-    def scores(cls, query, key):
-        """Yield (begin, end, scores [kv_heads, group x (end - begin), end]) of each block of queries; the future, -inf.
-
-        query: [kv_heads, group, tokens, head_dim], scaled; key: [kv_heads, tokens, head_dim].
-        """
-        future = torch.full((cls.QUERIES, cls.QUERIES), float("-inf"), dtype=query.dtype).triu_(1)
-        for begin in range(0, query.shape[2], cls.QUERIES):
-            end = min(begin + cls.QUERIES, query.shape[2])
-            scores = query[:, :, begin:end].flatten(1, 2) @ key[:, :end].transpose(1, 2)
-            scores.unflatten(1, (-1, end - begin))[..., begin:] += future[: end - begin, : end - begin]
-            yield begin, end, scores
-
-    @classmethod
-    def forward(cls, ctx, query, key, value, scaling):
-        """Return a tensor like query. query: [kv_heads, group, tokens, head_dim]; key, value: without the group."""
-        query = query * scaling
-        output = torch.empty_like(query)
-        for begin, end, scores in cls.scores(query, key):
-            output[:, :, begin:end] = (scores.softmax(2) @ value[:, :end]).unflatten(1, (-1, end - begin))
-        ctx.save_for_backward(query, key, value)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value = ctx.saved_tensors
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
-        for begin, end, scores in CausalAttention.scores(query, key):
-            queries, slope = (part[:, :, begin:end].flatten(1, 2) for part in (query, grad))
-            with torch.enable_grad():  # for softmax's own gradient
-                given = scores.requires_grad_().softmax(2)
-            (score_grad,) = torch.autograd.grad(given, scores, slope @ value[:, :end].transpose(1, 2))
-            value_grad[:, :end] += given.detach().transpose(1, 2) @ slope
-            key_grad[:, :end] += score_grad.transpose(1, 2) @ queries
-            query_grad[:, :, begin:end] = (score_grad @ key[:, :end]).unflatten(1, (-1, end - begin))
-        return query_grad * ctx.scaling, key_grad.to(key.dtype), value_grad.to(value.dtype), None
+from sft.training import cpu, dataloader
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -93,7 +36,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     grouped = query[0].unflatten(0, (key.shape[1], -1))
     parts = [part.split(lengths, dim=-2) for part in (grouped, key[0], value[0])]
     outputs = [
-        CausalAttention.apply(*document, scaling or query.shape[-1] ** -0.5) for document in zip(*parts, strict=True)
+        cpu.CausalAttention.apply(*document, scaling or query.shape[-1] ** -0.5)
+        for document in zip(*parts, strict=True)
     ]
     return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0), None
 
@@ -204,7 +148,7 @@ def prepare_blocks(model, activation_checkpointing, compile_blocks):
 def check_loss(model, base_model):
     """Refuse a model whose own logits are not its head times its last hidden state (scaled, capped, biased heads)."""
     ids = torch.arange(24)
-    batch = micro_batch([(ids.numpy(), np.ones(24, bool)), (ids.numpy(), np.ones(24, bool))])
+    batch = dataloader.micro_batch([(ids.numpy(), np.ones(24, bool)), (ids.numpy(), np.ones(24, bool))])
     try:
         ours = model(**batch)
         theirs = model.causal_lm(**{k: v for k, v in batch.items() if k not in ("predictors", "targets")}).logits
@@ -216,35 +160,3 @@ def check_loss(model, base_model):
             f"{base_model}: its own loss on a test text is {theirs:.4f}, sft_v1.py's is {ours:.4f}: the model does "
             "more to its logits than multiply by the head. Only Llama-like models are trained here."
         )
-
-
-# ==== Inputs ====
-
-
-def micro_batch(rows):
-    """Lay sequences end to end. rows: list of (input_ids, assistant_masks) arrays; returns SFTModel.forward's inputs.
-
-    An empty list becomes one token with nothing to train, so that this rank still takes part in the collectives.
-    """
-    rows = rows or [(np.zeros(1, np.int64), np.zeros(1, bool))]
-    ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
-    lengths = [len(ids) for ids, _ in rows]
-    trained = np.concatenate([mask for _, mask in rows])
-    starts = np.cumsum([0, *lengths])
-    trained[starts[:-1]] = False  # a sequence's first token has nothing before it that could predict it
-    targets = np.flatnonzero(trained)
-    tensor = {
-        "input_ids": ids[None],
-        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
-        "predictors": targets - 1,
-        "targets": ids[targets],
-    }
-    tensors = {name: torch.from_numpy(array) for name, array in tensor.items()}
-    return tensors | {"documents": Documents(lengths, torch.from_numpy(starts.astype(np.int32)))}
-
-
-def each_tensor(batch, action):
-    """Return the inputs `batch` of SFTModel.forward with `action(tensor)` in place of each tensor."""
-    documents = batch["documents"]
-    changed = {name: t if t is None else action(t) for name, t in batch.items() if name != "documents"}
-    return changed | {"documents": Documents(documents.lengths, action(documents.bounds))}

@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-import files
+from sft import system
 
 LICENCES = {  # as their pages state them; the licence of the base model and of your own files is yours to add
     "HuggingFaceTB/smoltalk": "Apache-2.0",
@@ -64,7 +64,7 @@ def data(facts):
     path = Path(facts["settings"]["DATA_DIR"]) / "report.json"
     if not path.is_file():
         return []
-    report = files.read_json(path, "prepare_data.py")
+    report = system.read_json(path, "prepare_data.py")
     if facts["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
         return []
     table = path.with_suffix(".md").read_text(encoding="utf-8")
@@ -77,8 +77,8 @@ def evaluation(results, folder):
     run = results / "after" / "run.json"
     if not page.is_file() or not run.is_file():
         return []
-    measured = files.read_json(run, "run_eval.sh").get("files_sha256", {})
-    if any(measured.get(path.name) != files.sha256(path) for path in folder.glob("*.safetensors")):
+    measured = system.read_json(run, "run_eval.sh").get("files_sha256", {})
+    if any(measured.get(path.name) != system.sha256(path) for path in folder.glob("*.safetensors")):
         return []
     text = page.read_text(encoding="utf-8").splitlines()[1:]
     lines = ["## Before and after", "", *("#" + line if line.startswith("#") else line for line in text), ""]
@@ -121,4 +121,4 @@ def write(folder, facts, checkpoint, shapes, dtype_name, results):
     if (checkpoint.parent / "loss.png").is_file():
         shutil.copyfile(checkpoint.parent / "loss.png", folder / "loss.png")
         lines += ["![Loss by optimizer step](loss.png)", ""]
-    files.write_whole(folder / "README.md", "\n".join([*lines, CHAT]))
+    system.write_whole(folder / "README.md", "\n".join([*lines, CHAT]))

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-import checkpoints
-import processes
+from sft import system
+from sft.training import cpu
 
 # Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watch` is the one
 # that sees a dead or hanging rank early.
@@ -54,7 +55,7 @@ def join(device):
         card = torch.device("cuda", local_rank)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP, **meeting())
     else:
-        processes.keep_memory()
+        cpu.keep_memory()
         dist.init_process_group("gloo", timeout=BACKSTOP, **meeting())
     device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
@@ -70,14 +71,6 @@ def join(device):
     if ranks != machines * int(os.environ["LOCAL_WORLD_SIZE"]):
         raise SystemExit(f"{ranks} ranks on {machines} machines: start the same --nproc-per-node on each.")
     return device, init_device_mesh(device.type, (machines, ranks // machines), mesh_dim_names=("machine", "shard"))
-
-
-def memory(device):
-    """Return the bytes of memory of this rank's GPU, or its part of this machine's, which the local ranks share."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def meeting():
@@ -101,7 +94,7 @@ def die_with_launcher():
     """Have the kernel kill this process when torchrun dies: alone it would train on and hold the folder and the GPU."""
     if sys.platform != "linux":
         return
-    processes.end_with_parent()
+    system.end_with_parent()
     # torchrun may have died while this process was importing; its children then belong to init or systemd. An orphan
     # would join the next run on the same port.
     try:
@@ -119,7 +112,7 @@ def end_all(sentence):
     """End every rank with exit code 1, after rank 0 has said why. All ranks call it with the same `sentence`."""
     if dist.get_rank() == 0:
         print(sentence, file=sys.stderr, flush=True)
-    checkpoints.on_every_rank(None)  # torchrun stops the others as soon as one has ended
+    on_every_rank(None)  # torchrun stops the others as soon as one has ended
     raise SystemExit(1)
 
 
@@ -131,14 +124,14 @@ def on_rank0(action):
             result = action()
         except (SystemExit, OSError) as error:
             refusal = str(error)
-    if refusal := checkpoints.on_every_rank(refusal)[0]:
+    if refusal := on_every_rank(refusal)[0]:
         end_all(refusal)
     return result
 
 
 def agree_on(facts):
     """End all ranks, with the difference named, unless `facts` (dict of name to value) are the same on each."""
-    everyone = checkpoints.on_every_rank(facts)
+    everyone = on_every_rank(facts)
     different = [
         f"{name} is {everyone[0].get(name)} on rank 0 and {value} on rank {rank}"
         for rank, theirs in enumerate(everyone)
@@ -151,7 +144,7 @@ def agree_on(facts):
 
 def check_shared(folder, name):
     """End all ranks if one of them does not see the file `name` that rank 0 has in `folder`."""
-    seen = checkpoints.on_every_rank((Path(folder) / name).exists())
+    seen = on_every_rank((Path(folder) / name).exists())
     if not all(seen):
         end_all(
             f"Rank {seen.index(False)} does not see {folder}/{name}, which rank 0 wrote: the folder must be on a disk "
@@ -295,3 +288,25 @@ class Watch:
             file=sys.stderr,
             flush=True,
         )
+
+
+def on_every_rank(value):
+    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def together(action):
+    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
+    reason = None
+    try:
+        result = action()
+    except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
+        reason = f"{type(error).__name__}: {error}"
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
+    if reasons:
+        raise OSError("; ".join(reasons))
+    return result

@@ -31,13 +31,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import assistant_check
-import files
-import plain_text
-import processes
-from eval_results import differences
+from sft import system
+from sft.evaluation import assistant_check, eval_results, reading_check
 
-HERE = Path(__file__).resolve().parent
 LONGEST = ("mmlu", "hellaswag")  # begun first, so that several devices finish together
 ROOM = 2**30  # bytes; the logged questions of the seven tasks need less
 FORMS = {"LIMIT": r"(\d+|0?\.\d+)?", "FEWSHOT": r"\d*", "SEEDS": r"\d+(,\d+){3}"}
@@ -84,13 +80,13 @@ def check_reading(model, must_read):
     """Print how well the model reads plain text; exit if it does not load, or does not read though it must."""
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-        nats = plain_text.loss(loaded, AutoTokenizer.from_pretrained(model))
+        nats = reading_check.loss(loaded, AutoTokenizer.from_pretrained(model))
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own
         refuse(f"{model} is no model folder that loads ({type(error).__name__}: {error}).")
-    line, reads = plain_text.verdict(nats, loaded.get_input_embeddings().num_embeddings)
+    line, reads = reading_check.verdict(nats, loaded.get_input_embeddings().num_embeddings)
     print(f"run_eval.sh: {line}", flush=True)
     if must_read and not reads:
-        refuse(f"{model} cannot read plain text. {plain_text.CAUSES} CHECK_READING=0 measures it nevertheless.")
+        refuse(f"{model} cannot read plain text. {reading_check.CAUSES} CHECK_READING=0 measures it nevertheless.")
 
 
 def read_facts(model, environment):
@@ -118,7 +114,7 @@ def read_facts(model, environment):
     packages = ("lm_eval", "torch", "transformers", "tokenizers", "datasets")
     return {
         "model": str(model),
-        "files_sha256": {path.name: files.sha256(path) for path in parts},
+        "files_sha256": {path.name: system.sha256(path) for path in parts},
         "adds_bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],  # lm_eval does as the tokenizer does
         "settings": {name: environment[name] for name in MEASURED_WITH},
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
@@ -132,14 +128,14 @@ def device_name(place):
 def open_staging(staging, facts):
     """Make the folder of an unfinished run, or take one up; return its lock. Exit if it was begun with other facts."""
     staging.mkdir(parents=True, exist_ok=True)
-    lock = files.lock(staging)
+    lock = system.lock(staging, "OUTPUT")
     path = staging / "run.json"
     finished = sorted(task.name for task in staging.iterdir() if task.is_dir() and not task.name.startswith("."))
     if finished:
-        begun = files.read_json(path, "run_eval.sh")
+        begun = system.read_json(path, "run_eval.sh")
         for name in facts.keys() - {"tasks"}:
             pair = [value if isinstance(value, dict) else {name: value} for value in (begun.get(name), facts[name])]
-            if apart := differences(*pair, "there", "now"):
+            if apart := eval_results.differences(*pair, "there", "now"):
                 refuse(
                     f"{staging} was begun otherwise: {'; '.join(apart)}. Give the same again, or remove that folder to "
                     "begin anew."
@@ -147,7 +143,7 @@ def open_staging(staging, facts):
         if more := sorted(set(finished) - set(facts["tasks"])):
             refuse(f"{staging} holds finished tasks that TASKS does not name: {', '.join(more)}. Name them too.")
         print(f"run_eval.sh: going on; finished already: {', '.join(finished)}")
-    files.write_whole(path, json.dumps(facts, indent=2) + "\n")
+    system.write_whole(path, json.dumps(facts, indent=2) + "\n")
     return lock
 
 
@@ -160,7 +156,7 @@ def work(place, log, model, tasks, staging, environment, pipe):
     Says first which of `tasks` lm_eval does not know; then for each task None, or why it failed, and ends.
     log: file for its output, or None for the terminal.
     """
-    processes.leave_to_parent()
+    system.leave_to_parent()
     if log:
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
@@ -327,14 +323,14 @@ def main(name, model):
     if failed:
         refuse("; ".join(f"{task}: {why}" for task, why in failed.items()) + f". {again}")
     if check and not (staging / "assistant.json").exists():
-        words = [sys.executable, HERE / "assistant_check.py", "--data-dir", check, "--after-model", model]
+        words = [sys.executable, "-m", "sft.evaluation.assistant_check", "--data-dir", check, "--after-model", model]
         words += ["--before-model", environment["RESIZED_MODEL"], "--device", devices[0], "--output-dir", staging]
         words += ["--dtype", environment["DTYPE"], *shlex.split(environment["ASSISTANT_FLAGS"])]
         if subprocess.run(words).returncode:
             refuse(f"the built-in check failed. {again}")
     if result.is_dir():
         result.rmdir()
-    (staging / files.LOCK).unlink()
+    (staging / system.LOCK).unlink()
     staging.rename(result)
     lock.close()
     print(f"run_eval.sh: results in {result}")
@@ -345,7 +341,7 @@ def compare(name, full_name, output):
     """Show what changed, or how to: once there is something to compare with."""
     pairs = [("before", name), ("before-chat", full_name)]
     ready = [pair for pair in pairs if all((output / folder).is_dir() for folder in pair)]
-    words = [sys.executable, HERE / "compare_evals.py"]
+    words = [sys.executable, "-m", "sft.evaluation.compare_evals"]
     before, after = ready[0] if ready else ("before", name)
     words += ["--before", output / before, "--after", output / after, "--output", output]
     if name == "after" and ready:

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
-import ranks
-from model import each_tensor, micro_batch
+from sft.training import dataloader, distributed
 
 
 def looker(model, data, held_out, log, run, device):
@@ -63,7 +62,7 @@ def validate(model, held_out, sources, sequences_per_step):
     for (place, _), (_, batches, facts) in zip(parts, steps, strict=True):
         sums[1, place] += facts["trainable_tokens"] / dist.get_world_size()
         for batch in batches:
-            ranks.at(part=f"validation on {names[place]}")
+            distributed.at(part=f"validation on {names[place]}")
             sums[0, place] += model(**batch).double().cpu()
     dist.all_reduce(sums := sums.to(held_out.device))
     reshard(model)
@@ -83,11 +82,11 @@ def answer(model, prompts, stop, limit, device):
     model.eval()
     answers = [[] for _ in prompts]
     while going := [n for n, ids in enumerate(answers) if len(ids) < limit and ids[-1:] != [stop]]:
-        ranks.at(part=f"answering prompts, token {len(answers[going[0]]) + 1}")
+        distributed.at(part=f"answering prompts, token {len(answers[going[0]]) + 1}")
         rows = [np.array(prompts[n] + answers[n]) for n in going]
-        batch = micro_batch([(ids, np.zeros(len(ids), bool)) for ids in rows])
+        batch = dataloader.micro_batch([(ids, np.zeros(len(ids), bool)) for ids in rows])
         batch |= {"predictors": torch.tensor(np.cumsum([len(ids) for ids in rows]) - 1), "targets": None}
-        logits = model(**each_tensor(batch, lambda t: t.to(device)))
+        logits = model(**dataloader.each_tensor(batch, lambda t: t.to(device)))
         dist.broadcast(tokens := logits.argmax(dim=1), 0)  # ranks that disagreed would wait for each other forever
         for n, token in zip(going, tokens.tolist(), strict=True):
             answers[n].append(token)

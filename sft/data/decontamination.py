@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-import settings
+from sft import settings
 
 # ---- What is compared ----
 TASKS = ()  # lm_eval's names of tasks, groups or tags

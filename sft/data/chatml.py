@@ -6,13 +6,14 @@ a control token. Used by prepare_data.py.
 
 import itertools
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from sft import hf_folder, system
 
 # ==== Facts ====
 
@@ -49,19 +50,6 @@ def chat_template(adds_bos, train_on_special_tokens, keep_past_thinking):
     )
 
 
-def token_names(config, folder):
-    """Return {"bos" | "eos" | "unk" | "pad": its text or None} of `config`, the tokenizer_config.json in `folder`.
-
-    Raises: SystemExit if one is no text.
-    """
-    named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    for name, token in named.items():
-        if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
-            raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
-    return named
-
-
 def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     """Return the base tokenizer in `folder` with the missing control tokens appended and the chat template set.
 
@@ -70,7 +58,9 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     """
     try:
         backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        named = token_names(json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")), folder)
+        named = hf_folder.token_names(
+            json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")), folder
+        )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SystemExit(
             f"{folder}: no readable tokenizer.json and tokenizer_config.json ({error}). Name the base's folder with "
@@ -302,3 +292,68 @@ def self_test(tokenizer, encoder):
     if masks < equal:
         line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
     return line
+
+
+# ==== Cutting ====
+
+
+def length(segments):
+    """Return the number of tokens in a list of segments (ids, trained)."""
+    return sum(len(ids) for ids, _ in segments)
+
+
+def clip(segments, size):
+    """Return the first `size` tokens of a list of segments."""
+    kept = []
+    for ids, trained in segments:
+        kept.append((ids[:size], trained))
+        size = max(0, size - len(ids))
+    return kept
+
+
+def cut(head, turns, max_seq_len, overflow):
+    """Return (the sequences of one conversation, list of what was lost of it).
+
+    Each sequence is a list of segments (ids, trained) with at most `max_seq_len` tokens, some of them trained; there is
+    none if the conversation does not fit.
+
+    head: the segments before the first turn (a BOS, or none); turns: list of segments each. Splitting keeps exchanges
+    (a user turn and its answer) whole and repeats the system turn; an exchange longer than the window is cut at its end
+    and gets no invented end.
+    """
+    if len(turns) % 2:  # questions and answers come in pairs, so the odd one is the system turn
+        head, turns = head + turns[0], turns[1:]
+    pieces, sizes = [head], [head_size := length(head)]
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        size = length(question) + length(answer)
+        if overflow == "split" and sizes[-1] + size > max_seq_len and len(pieces[-1]) > len(head):
+            pieces.append(head)
+            sizes.append(head_size + size)
+        else:
+            sizes[-1] += size
+        pieces[-1] = pieces[-1] + question + answer
+    long = max(sizes) > max_seq_len
+    if long and overflow == "drop":
+        return [], []
+    if long:
+        pieces = [clip(piece, max_seq_len) for piece in pieces]
+    kept = [piece for piece in pieces if any(trained and len(ids) for ids, trained in piece)]
+    lost = ["end cut off at the window"] if long else []
+    return kept, lost + (["exchange without a trained token in the window left out"] if len(kept) < len(pieces) else [])
+
+
+STOP = CHATML[1]
+
+
+def special_ids(folder, tokenizer):
+    """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
+    tokens = hf_folder.token_names(system.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py"), folder)
+    ids = {kind: tokens[kind] and tokenizer.token_to_id(tokens[kind]) for kind in ("bos", "eos", "pad")}
+    if tokens["eos"] != STOP or ids["eos"] is None:
+        raise SystemExit(f"{folder} ends turns with {tokens['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
+    if ids["pad"] in (None, ids["eos"]):
+        raise SystemExit(
+            f"{folder} pads with {tokens['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
+            "Run prepare_data.py again."
+        )
+    return ids

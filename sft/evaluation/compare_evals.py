@@ -22,8 +22,8 @@ import json
 import math
 from pathlib import Path
 
-import settings
-from eval_results import agree, finite, leaves, pairs_of, read_json, read_run, value_of
+from sft import settings
+from sft.evaluation import eval_results
 
 # ---- Paths ----
 BEFORE = "eval-results/before"  # folder of the first run, written by run_eval.sh
@@ -112,7 +112,7 @@ def per_question(samples, name, log_scale):
     lists = [value if isinstance(value, list) and value else [value] for value in found]
     if len(found) < 2 or not all(isinstance(x, int | float) for values in lists for x in values):
         return None
-    if not all(finite(x) for values in lists for x in values):
+    if not all(eval_results.finite(x) for values in lists for x in values):
         return [math.nan] * len(lists), [1] * len(lists)
     sign = -1 if log_scale else 1  # lm_eval logs the target's log-likelihood as its "perplexity"
     return [sign * math.fsum(values) / len(values) for values in lists], [len(values) for values in lists]
@@ -127,7 +127,7 @@ def compare_row(before, after, planned, cache):
     task, label, key, known = planned
     name, _, kind = key.partition(",")
     log_scale = name == "perplexity"
-    pairs = pairs_of(before, after, leaves(before, task), kind, cache)
+    pairs = eval_results.pairs_of(before, after, eval_results.leaves(before, task), kind, cache)
     higher = before["higher_is_better"].get(task, {}).get(name)
     row = {"label": label, "task": task, "metric": name if kind == "none" else f"{name} ({kind})"}
     row |= {"questions": len(pairs), "log_scale": log_scale, "paired": None}
@@ -135,7 +135,7 @@ def compare_row(before, after, planned, cache):
     row["chance"] = guess_rate(pairs, before, name)
     scores = []
     for side, run, place in (("before", before, 1), ("after", after, 2)):
-        value, stderr = value_of(run, task, key)
+        value, stderr = eval_results.value_of(run, task, key)
         row[side] = {"value": value, "stderr": stderr}
         if found := per_question([pair[place] for pair in pairs], name, log_scale):
             expected = math.log(value) if log_scale else value
@@ -161,7 +161,7 @@ def compare(before, after, family_error):
     for planned in plan_rows(before):
         row, flipped = compare_row(before, after, planned, cache)
         rows.append(row)
-        if leaves(before, row["task"]) == [row["task"]] or row["task"] == "mmlu":
+        if eval_results.leaves(before, row["task"]) == [row["task"]] or row["task"] == "mmlu":
             name = row["metric"].partition(" ")[0]
             flips += [
                 {"task": task, "metric": row["metric"], "before": a[name], "after": b[name], "doc": a.get("doc")}
@@ -203,10 +203,12 @@ def assistant_rows(folder):
     path = Path(folder) / "assistant.json"
     if not path.exists():
         return [], []
-    check, rows = read_json(path, ASSISTANT), []
+    check, rows = eval_results.read_json(path, ASSISTANT), []
     for entry in check["rows"]:
         first, second, weights = entry["before"], entry["after"], entry["weights"]
-        if not len(first) == len(second) == len(weights) > 0 or not all(map(finite, first + second + weights)):
+        if not len(first) == len(second) == len(weights) > 0 or not all(
+            map(eval_results.finite, first + second + weights)
+        ):
             raise SystemExit(f"{path}: the numbers of {entry['label']} are not pairs. Run assistant_check.py again.")
         row = {"label": entry["label"], "task": entry["label"], "metric": entry["metric"], "questions": len(first)}
         row |= {"log_scale": False, "higher_is_better": entry["metric"] != "loss", "chance": None}
@@ -218,8 +220,8 @@ def assistant_rows(folder):
 
 def section(title, before, after, family_error):
     """Compare two run folders. Returns: (dict of title, rows, notes, limit and how it was measured; flips)."""
-    first, second = read_run(before), read_run(after)
-    notes = agree(first, second)
+    first, second = eval_results.read_run(before), eval_results.read_run(after)
+    notes = eval_results.agree(first, second)
     rows, flips = compare(first, second, family_error)
     limit = first["config"].get("limit")
     how = " against ".join(f"`{run.get('model_name')}`" for run in (first, second))
@@ -228,7 +230,7 @@ def section(title, before, after, family_error):
         f"{first['config'].get('batch_size')}, {'with' if first.get('chat_template_sha') else 'without'} chat template"
     )
     part = {"title": title, "rows": rows, "notes": notes, "how": f"{how}."}
-    return part | {"limit": f"{limit:g}" if finite(limit) and limit else limit}, flips
+    return part | {"limit": f"{limit:g}" if eval_results.finite(limit) and limit else limit}, flips
 
 
 def sections(before, after, family_error):

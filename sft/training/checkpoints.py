@@ -15,32 +15,11 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-import files
+from sft import system
+from sft.training import distributed
 
 MANIFEST = "manifest.json"
 STAGING = "staging_"
-
-
-def on_every_rank(value):
-    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def together(action):
-    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
-    reason = None
-    try:
-        result = action()
-    except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
-        reason = f"{type(error).__name__}: {error}"
-    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
-    if reasons:
-        raise OSError("; ".join(reasons))
-    return result
 
 
 def save(folder, step, state, facts, keep):
@@ -64,20 +43,20 @@ def save(folder, step, state, facts, keep):
     def finish():
         if rank0:
             (staging / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            entries = {path.name: [path.stat().st_size, files.sha256(path)] for path in sorted(staging.iterdir())}
+            entries = {path.name: [path.stat().st_size, system.sha256(path)] for path in sorted(staging.iterdir())}
             (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
             for path in [*staging.iterdir(), staging]:
-                files.durable(path)
+                system.durable(path)
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
-            files.durable(final.parent)
+            system.durable(final.parent)
             for old in [path for path in listed(folder) if step_of(path) <= step][keep:]:
                 shutil.rmtree(old)
 
     try:
-        together(prepare)
-        together(lambda: dcp.save(state, checkpoint_id=str(staging)))
-        together(finish)
+        distributed.together(prepare)
+        distributed.together(lambda: dcp.save(state, checkpoint_id=str(staging)))
+        distributed.together(finish)
     except OSError:
         if rank0:
             shutil.rmtree(staging, ignore_errors=True)  # its bytes may be what fills the disk
@@ -130,7 +109,7 @@ def defect(checkpoint):
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
-        if files.sha256(path) != digest:
+        if system.sha256(path) != digest:
             return f"its file {name} was changed after it was written (SHA-256 differs)"
     return None
 
@@ -142,7 +121,7 @@ def verify(checkpoint):
     problem = defect(checkpoint)
     if problem:
         raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
-    return files.read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
+    return system.read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
 
 
 def newest_whole(folder, say=print):

@@ -1,0 +1,1 @@
+"""From the rows of a source to token ids with loss masks."""

@@ -1,0 +1,1 @@
+"""Before and after: what is measured, and the report."""

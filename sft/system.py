@@ -1,0 +1,156 @@
+"""Files, folders and processes with care: digests, JSON, a file or folder replaced in one step, a lock.
+
+None of it needs torch. What is being written has the name `X.unfinished` until it is whole.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+LOCK = ".lock"
+JSON_ERRORS = (OSError, ValueError, RecursionError)  # what reading and parsing a JSON file raises
+
+# ==== Files ====
+
+
+def sha256(path):
+    """Return the SHA-256 of the file `path` as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder, *patterns):
+    """Return one SHA-256 over the names and contents of the files in `folder` that match one of the glob `patterns`."""
+    paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
+    lines = [f"{sha256(path)}  {path.relative_to(folder)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def read_json(path, made_by):
+    """Return the JSON object in the file `path`. Raises: SystemExit naming the script that makes it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SystemExit(f"{path} is missing. Run {made_by} first, or name its folder with the flag.") from None
+    except JSON_ERRORS as error:
+        raise SystemExit(f"{path} is not readable JSON ({error}). Run {made_by} again.") from None
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run {made_by} again.")
+    return value
+
+
+def differences(then, now, then_label="then", now_label="now"):
+    """Return a phrase "name: value then, value now" for each name whose value differs between two dicts.
+
+    A name that only one of them has differs, too; its value in the other is None.
+    """
+    names = dict.fromkeys([*then, *now])
+    return [
+        f"{name}: {then.get(name)} {then_label}, {now.get(name)} {now_label}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+
+
+def unfinished(path):
+    """Return the Path that the file or folder `path` has until it is whole."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def durable(path):
+    """Ask the operating system to put the file or folder `path` on the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path, text):
+    """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old one."""
+    staging = unfinished(path)
+    staging.write_bytes(text.encode() if isinstance(text, str) else text)
+    durable(staging)
+    staging.replace(path)
+
+
+# ==== Folders ====
+
+
+def refuse_unless_empty(folder, flag):
+    """Raise SystemExit if the path `folder`, which the setting `flag` names, already holds something."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SystemExit(f"{folder} is not empty. Move it away, or name another {flag}.")
+
+
+@contextlib.contextmanager
+def staged(folder, flag):
+    """Give an empty folder beside `folder` that gets its name at the end of the block, or is removed if that fails.
+
+    flag: the setting that names `folder`, for what is said.
+    Raises: SystemExit if `folder` already holds something or the disk is full.
+    """
+    refuse_unless_empty(folder, flag)
+    folder, staging = Path(folder), unfinished(folder)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        if folder.exists():
+            folder.rmdir()
+        staging.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"{folder} cannot be written ({error}). Free disk space, or name another {flag}; nothing was kept."
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
+
+
+def lock(folder, flag):
+    """Take the folder for this process alone; return the handle that holds it until it is closed or the process ends.
+
+    The lock is the kernel's, so a crash of its owner frees it; only a child that was forked without exec would keep it.
+    flag: the setting that names `folder`. Raises: SystemExit if another process holds it.
+    """
+    handle = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise SystemExit(
+            f"{folder} is in use by another run (process {handle.read().strip() or 'unknown'}). Wait for it or name "
+            f"another {flag}."
+        ) from None
+    handle.truncate(0)
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    return handle
+
+
+# ==== Processes ====
+
+libc = ctypes.CDLL(None)
+
+
+def end_with_parent():
+    """Have the kernel kill this process when the one that started it dies, however that ends (Linux; else nothing)."""
+    if sys.platform == "linux":
+        libc.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+def leave_to_parent():
+    """End with the parent, and leave Ctrl-C to it."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,1 @@
+"""The training run: layout, model, memory, ranks, checkpoints, log."""

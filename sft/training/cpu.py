@@ -1,0 +1,60 @@
+"""What makes a step fast on a CPU: attention from matmuls, and memory that is kept. A GPU uses none of it."""
+
+import torch
+
+from sft import system
+
+
+def keep_memory():
+    """Have glibc keep what is freed for the next tensor, which the kernel would map and clear anew (else nothing)."""
+    if hasattr(system.libc, "mallopt"):  # mallopt(3)
+        system.libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end above which it shrinks
+        system.libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes of a block above which it is mapped by itself
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal attention of one document on a CPU, a block of queries at a time; the backward makes the scores again.
+
+    torch's own CPU kernel multiplies in smaller tiles and takes about twice as long: benchmarks/step_profile.py.
+    """
+
+    QUERIES = 64  # of a block: its scores over 2,048 keys stay in a core's cache
+
+    @classmethod
+    def scores(cls, query, key):
+        """Yield (begin, end, scores [kv_heads, group x (end - begin), end]) of each block of queries; the future, -inf.
+
+        query: [kv_heads, group, tokens, head_dim], scaled; key: [kv_heads, tokens, head_dim].
+        """
+        future = torch.full((cls.QUERIES, cls.QUERIES), float("-inf"), dtype=query.dtype).triu_(1)
+        for begin in range(0, query.shape[2], cls.QUERIES):
+            end = min(begin + cls.QUERIES, query.shape[2])
+            scores = query[:, :, begin:end].flatten(1, 2) @ key[:, :end].transpose(1, 2)
+            scores.unflatten(1, (-1, end - begin))[..., begin:] += future[: end - begin, : end - begin]
+            yield begin, end, scores
+
+    @classmethod
+    def forward(cls, ctx, query, key, value, scaling):
+        """Return a tensor like query. query: [kv_heads, group, tokens, head_dim]; key, value: without the group."""
+        query = query * scaling
+        output = torch.empty_like(query)
+        for begin, end, scores in cls.scores(query, key):
+            output[:, :, begin:end] = (scores.softmax(2) @ value[:, :end]).unflatten(1, (-1, end - begin))
+        ctx.save_for_backward(query, key, value)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value = ctx.saved_tensors
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+        for begin, end, scores in CausalAttention.scores(query, key):
+            queries, slope = (part[:, :, begin:end].flatten(1, 2) for part in (query, grad))
+            with torch.enable_grad():  # for softmax's own gradient
+                given = scores.requires_grad_().softmax(2)
+            (score_grad,) = torch.autograd.grad(given, scores, slope @ value[:, :end].transpose(1, 2))
+            value_grad[:, :end] += given.detach().transpose(1, 2) @ slope
+            key_grad[:, :end] += score_grad.transpose(1, 2) @ queries
+            query_grad[:, :, begin:end] = (score_grad @ key[:, :end]).unflatten(1, (-1, end - begin))
+        return query_grad * ctx.scaling, key_grad.to(key.dtype), value_grad.to(value.dtype), None

@@ -1,0 +1,77 @@
+"""What this process runs on: memory, peak FLOP/s, versions, commit."""
+
+import math
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+
+from sft import system
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def memory(device):
+    """Return the bytes of memory of this rank's GPU, or its part of this machine's, which the local ranks share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# Dense bf16 operations per second with float32 sums, of NVIDIA's data sheets.
+PEAKS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12, "L40S": 362e12}
+PEAKS |= {"H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device, dtype):
+    """Return the most floating-point operations per second of this rank's device: of PEAKS, or else measured here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if known := [peak for card, peak in PEAKS.items() if card in name]:
+            return known[0]
+    size, best = 4096 if device.type == "cuda" else 1024, math.inf
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    for _ in range(5):
+        began = time.perf_counter()
+        (matrix @ matrix).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_gib(device):
+    """Return the most GiB that this rank held so far: of GPU memory in tensors, or of the process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def versions():
+    """Return the versions, hardware and commit of this process as a dict."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "datasets": datasets.__version__,
+        "device": device,
+        "commit": commit or "unknown",
+        "code": system.folder_digest(ROOT, "*.py", "sft/**/*.py"),
+    }
