@@ -2,11 +2,9 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
-import torch
-import transformers
+from helpers import PASSAGE, make_reader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of this process would not survive prepare_data.py's fork
@@ -85,31 +83,11 @@ def spm_tokenizer_dir(tmp_path_factory):
     return save(tokenizer, tmp_path_factory.mktemp("spm") / "base", names)
 
 
-PASSAGE = Path(__file__).resolve().parent.parent / "sft" / "evaluation" / "plain_text.txt"
-
-
-def make_reader(tokenizer, folder, tied=True):
-    """Write a tiny Llama, float32, that knows plain_text.py's passage by heart in the ids of an HF `tokenizer`."""
-    config = transformers.LlamaConfig(
-        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, ids = transformers.LlamaForCausalLM(config), tokenizer(PASSAGE.read_text(), return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def reader_dir(tmp_path_factory):
     """A folder with a tiny Llama, float32, that knows the passage of plain_text.py by heart, and its tokenizer."""
+    import transformers
+
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

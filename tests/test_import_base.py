@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import conftest
+import helpers
 import meta_model
 import pytest
 import sentencepiece
@@ -75,7 +75,7 @@ def same_logits(folder, weights):
     theirs = meta_model.MetaModel()
     theirs.load_state_dict({name: part.float() for name, part in weights.items()})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(conftest.PASSAGE.read_text(), return_tensors="pt").input_ids[:, :48]
+    ids = tokenizer(helpers.PASSAGE.read_text(), return_tensors="pt").input_ids[:, :48]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits[0], theirs(ids[0]), rtol=1e-5, atol=1e-5)
 
@@ -158,7 +158,7 @@ def test_safetensors_with_hugging_face_names_in_either_layout(imported, reader_d
 
 
 def train_sentencepiece(folder, **options):
-    text = [line for line in conftest.PASSAGE.read_text().splitlines() if line] + ["def f(x):", "    return x"] * 20
+    text = [line for line in helpers.PASSAGE.read_text().splitlines() if line] + ["def f(x):", "    return x"] * 20
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
     )
@@ -189,7 +189,7 @@ def train_sentencepiece(folder, **options):
 )
 def test_a_sentencepiece_model_converts_to_the_same_ids(tmp_path, kind, options):
     path = train_sentencepiece(tmp_path, **({"vocab_size": 380, "model_type": kind, "byte_fallback": True} | options))
-    tokenizer, names = sentencepiece_tokenizer.convert(path, True, conftest.PASSAGE.read_text())
+    tokenizer, names = sentencepiece_tokenizer.convert(path, True, helpers.PASSAGE.read_text())
     original = sentencepiece.SentencePieceProcessor(model_file=str(path))
     text = "Anna said that it rained."
     assert tokenizer.encode(text).ids == [original.bos_id(), *original.encode(text)]
@@ -202,7 +202,7 @@ def test_a_checkpoint_with_its_sentencepiece_model(imported, tmp_path):
     path = train_sentencepiece(tmp_path, vocab_size=380, model_type="bpe", byte_fallback=True)
     backend, names = sentencepiece_tokenizer.convert(path, True, "a")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    source = conftest.make_reader(tokenizer, tmp_path / "source")
+    source = helpers.make_reader(tokenizer, tmp_path / "source")
     weights = meta_weights(source)
     dcp.save({"model": weights}, checkpoint_id=tmp_path / "step_000001", no_dist=True)
     folder = imported("step_000001", TOKENIZER=str(path))
