@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sft import system
 
-# ==== Facts ====
+# ==== Constants ====
 
 TRAINING = "training.json"  # what the card needs of the training run; a folder that holds it is an export
 LICENCES = {  # as their pages state them; the licence of the base model and of your own files is yours to add
