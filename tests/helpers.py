@@ -1,5 +1,7 @@
 """What several test files use. Nothing heavy is imported before a function needs it."""
 
+import json
+import math
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,3 +108,90 @@ def write_model(folder, tokenizer, seed, rows=None, context=512):
     model.generation_config = GenerationConfig(**names)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+RESULTS_TIME = "2026-01-02T03-04-05.678901"
+
+
+def write_run(folder, tasks, groups=None, change=None, choices=4, time=RESULTS_TIME):
+    """Write a run like lm_eval's: tasks = {task: {metric: scores per question}}, groups = {group: [tasks]}.
+
+    choices: number of answers to choose from, for all tasks or {task: number}; 0 for a task without.
+    `change(results)` edits the results JSON before it is written.
+    """
+    model = folder / "models__x"
+    model.mkdir(parents=True, exist_ok=True)
+    results, configs = {}, {}
+    for task, metrics in tasks.items():
+        (n,) = {len(scores) for scores in metrics.values()}
+        offered = choices.get(task, 4) if isinstance(choices, dict) else choices
+        entry = results[task] = {"name": task, "alias": task, "sample_len": n}
+        for metric, scores in metrics.items():
+            mean = sum(scores) / n
+            stderr = math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n)
+            if metric == "perplexity":
+                mean, stderr = math.exp(-mean), math.exp(-mean) * stderr
+            entry |= {f"{metric},none": mean, f"{metric}_stderr,none": stderr}
+        with (model / f"samples_{task}_{time}.jsonl").open("w") as file:
+            for i in range(n):
+                sample = {"doc_id": i, "doc": {"q": i}, "filter": "none", "filtered_resps": [["-1.0", "False"]]}
+                sample["arguments"] = {f"gen_args_{c}": {} for c in range(offered or 1)}
+                file.write(json.dumps(sample | {metric: scores[i] for metric, scores in metrics.items()}) + "\n")
+        output_type = "multiple_choice" if offered else "loglikelihood"
+        configs[task] = {"output_type": output_type, "metric_list": [{"metric": metric} for metric in metrics]}
+    for group, members in (groups or {}).items():
+        scores = [s for task in leaf_tasks(groups, members) for s in tasks[task]["acc"]]
+        results[group] = {"alias": group, "acc,none": sum(scores) / len(scores), "acc_stderr,none": 0.0036}
+    document = {
+        "results": results,
+        "group_subtasks": groups or {},
+        "configs": configs,
+        "versions": dict.fromkeys(results, 1.0),
+        "n-shot": dict.fromkeys(results, 0),
+        "higher_is_better": {task: {m: m != "perplexity" for m in metrics} for task, metrics in tasks.items()},
+        "config": {
+            "model_args": {"pretrained": str(folder), "dtype": "bfloat16"},
+            "model_dtype": "torch.bfloat16",
+            "batch_size": "auto:2",
+            "limit": None,
+        },
+        "lm_eval_version": "0.4.13",
+        "model_name": folder.name,
+        "task_hashes": dict.fromkeys(tasks, "same"),
+    }
+    if change:
+        change(document)
+    (model / f"results_{time}.json").write_text(json.dumps(document))
+    (folder / "run.json").write_text(
+        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name}})
+    )
+
+
+def leaf_tasks(groups, members):
+    """Return the tasks below a group's `members`, in order."""
+    return [leaf for m in members for leaf in (leaf_tasks(groups, groups[m]) if m in groups else [m])]
+
+
+def share(right, n):
+    """Return the scores of n answers, the first `right` of them right."""
+    return [1.0] * right + [0.0] * (n - right)
+
+
+def write_pair(folder, before, after, **options):
+    """Write two runs, see `write_run`, as the folders eval-results/before and after in `folder`."""
+    write_run(folder / "eval-results/before", before, **options)
+    write_run(folder / "eval-results/after", after, **options)
+
+
+def compare_in(capsys):
+    """Return a function that runs compare_evals.py with some settings changed and returns what is printed."""
+    from sft.evaluation import compare_evals
+
+    def compare(**changes):
+        compare_evals.main(defaults(compare_evals, **changes))
+        return capsys.readouterr().out
+
+    return compare
+
+
+MINE = {"mine": {"acc": share(3, 9)}}
