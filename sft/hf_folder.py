@@ -18,8 +18,15 @@ INDEX = "model.safetensors.index.json"
 # ==== Configuration and tokenizer ====
 
 
+def check_is_folder(folder, remedy):
+    """Raise SystemExit, ending with `remedy`, unless `folder` is one: transformers would take its name for a hub id."""
+    if not Path(folder).is_dir():
+        raise SystemExit(f"{folder} is no folder. {remedy}")
+
+
 def load_config(folder, remedy):
     """Return the transformers config of `folder`. Raises: SystemExit, ending with `remedy`, if there is none."""
+    check_is_folder(folder, remedy)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise several kinds
@@ -128,6 +135,7 @@ def load_model(folder, remedy, dtype="auto", **options):
     dtype: a torch.dtype or "auto"; options: more of `from_pretrained`; remedy: the sentence that ends a refusal.
     Raises: SystemExit unless it loads with exactly the tensors that its configuration describes.
     """
+    check_is_folder(folder, remedy)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options

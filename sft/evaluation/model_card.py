@@ -1,12 +1,12 @@
 """The model card of an export: what it was trained on and how, what that changed, how to chat. Used by export_hf.py."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
 from sft import system
 
+TRAINING = "training.json"
 LICENCES = {  # as their pages state them; the licence of the base model and of your own files is yours to add
     "HuggingFaceTB/smoltalk": "Apache-2.0",
     "teknium/OpenHermes-2.5": "none stated; collected from sources with their own",
@@ -25,7 +25,7 @@ chat = pipeline("text-generation", model=".")
 print(chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=200)[0]["generated_text"][-1])
 ```
 
-In a terminal: `python export_hf.py --chat` and this folder.
+In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
 """
 
 
@@ -88,14 +88,18 @@ def evaluation(results, folder):
     return lines
 
 
-def write(folder, facts, checkpoint, shapes, dtype_name, results):
-    """Write README.md into the export `folder`, and the pictures it shows.
+def describe(checkpoint, state, parameters, dtype_name):
+    """Return the dict of training.json. state: dict of the state of the `checkpoint` (Path)."""
+    return {"checkpoint": str(checkpoint), "state": state, "parameters": parameters, "dtype": dtype_name}
 
-    facts: dict of the `checkpoint`'s facts.json; shapes: {name: shape}; results: folder of the evaluation's results.
-    """
-    folder, run = Path(folder), facts["settings"]
+
+def write(folder, results):
+    """Write README.md into the export `folder` from its training.json, and the pictures it shows."""
+    folder = Path(folder)
+    training = system.read_json(folder / TRAINING, "export_hf.py")
+    checkpoint, facts = Path(training["checkpoint"]), training["state"]
+    count, dtype_name, run = training["parameters"], training["dtype"], facts["settings"]
     loss, held_out = metrics(checkpoint.parent, facts["step"])
-    count = sum(math.prod(shape) for shape in shapes.values())
     lines = [
         "---",
         "pipeline_tag: text-generation",
