@@ -1,13 +1,78 @@
 """What several test files use. Nothing heavy is imported before a function needs it."""
 
+import contextlib
 import json
 import math
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSAGE = ROOT / "sft" / "evaluation" / "plain_text.txt"
 
 # ==== Model folders ====
+
+
+def args_of(script, **changes):
+    """Return the settings of an imported script as `settings.from_flags` gives them, with `changes`."""
+    from sft import settings
+
+    args = {name: getattr(script, name) for _, name, _ in settings.constants(script.__file__)}
+    assert changes.keys() <= args.keys(), changes.keys() - args.keys()
+    return args | changes
+
+
+def run_python(folder, *command, ok=True):
+    """Run Python with the arguments `command` in `folder`, to success or (ok=False) not. Returns: stdout or stderr."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=600)
+    assert (result.returncode == 0) is ok, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout if ok else result.stderr
+
+
+def run_torchrun(folder, processes, script, *flags):
+    """Run the Python file `script` in `folder` by torchrun with this number of processes. Returns: stdout."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return run_python(folder, *launcher, *rendezvous, script, *flags)
+
+
+def read_weights(folder):
+    """Return {name: tensor} of all safetensors in `folder`."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def edit_json(path, **changes):
+    """Set some keys of the JSON object in the file `path`."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond `size` bytes within the block: what a full disk does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def train_sentencepiece(folder, **options):
+    """Train a SentencePiece model on the passage and some code; return the path of its tokenizer.model."""
+    import sentencepiece
+
+    text = [line for line in PASSAGE.read_text().splitlines() if line] + ["def f(x):", "    return x"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
+    )
+    return folder / "tokenizer.model"
 
 
 def make_reader(tokenizer, folder, tied=True):
@@ -22,8 +87,8 @@ def make_reader(tokenizer, folder, tied=True):
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids = transformers.LlamaForCausalLM(config), tokenizer(PASSAGE.read_text(), return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(90):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -43,15 +108,6 @@ CONVERSATIONS = [  # (source, turns)
     ("b", [("user", "1 + 1"), ("assistant", "<think>\none and one\n</think>\n\ntwo")]),
     ("b", [("user", "2 + 2"), ("assistant", "four")]),
 ]
-
-
-def defaults(module, **changes):
-    """Return the settings at the top of a script's `module` as a dict, with some changed: what `main` takes."""
-    from sft import settings
-
-    args = {name: getattr(module, name) for _, name, _ in settings.constants(module.__file__)}
-    assert changes.keys() <= args.keys()
-    return args | changes
 
 
 def write_tokenizer(folder):
@@ -188,7 +244,7 @@ def compare_in(capsys):
     from sft.evaluation import compare_evals
 
     def compare(**changes):
-        compare_evals.main(defaults(compare_evals, **changes))
+        compare_evals.main(args_of(compare_evals, **changes))
         return capsys.readouterr().out
 
     return compare

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers import defaults, write_conversations, write_model, write_tokenizer
+from helpers import args_of, write_conversations, write_model, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 from sft.evaluation import assistant_check
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def settings_of(**changes):
     folders = {"DATA_DIR": "data", "RESIZED_MODEL": "before", "EXPORT_DIR": "after", "RESULT_DIR": "out"}
-    return defaults(assistant_check, **folders | {"MAX_NEW_TOKENS": 40} | changes)
+    return args_of(assistant_check, **folders | {"MAX_NEW_TOKENS": 40} | changes)
 
 
 def test_what_training_changed(folder, monkeypatch):

@@ -367,11 +367,23 @@ def start(folder, tmp_path, monkeypatch):
 
     def run(**changes):
         args = {
-            **{"NAME": "x", "MODEL": "models/base", "EVAL_RESULTS": str(tmp_path)},
-            **{"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "ASSISTANT_FLAGS": ""},
-            **{"TASKS": "piqa,winogrande", "INCLUDE_PATH": "", "FEWSHOT": "", "LIMIT": "", "CHAT_TEMPLATE": "0"},
-            **{"DEVICE": "cpu", "DTYPE": "bfloat16", "BATCH_SIZE": "1", "SEEDS": "0,1,2,3", "MODEL_ARGS": ""},
-            **{"CHECK_READING": "0"},
+            "NAME": "x",
+            "MODEL": "models/base",
+            "EVAL_RESULTS": str(tmp_path),
+            "DATA_DIR": "data/sft_v1",
+            "RESIZED_MODEL": "models/resized",
+            "ASSISTANT_FLAGS": "",
+            "TASKS": "piqa,winogrande",
+            "INCLUDE_PATH": "",
+            "FEWSHOT": "",
+            "LIMIT": "",
+            "CHAT_TEMPLATE": "0",
+            "DEVICE": "cpu",
+            "DTYPE": "bfloat16",
+            "BATCH_SIZE": "1",
+            "SEEDS": "0,1,2,3",
+            "MODEL_ARGS": "",
+            "CHECK_READING": "0",
             **changes,
         }
         staging = tmp_path / f"{args['NAME']}.unfinished"
