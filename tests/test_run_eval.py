@@ -1,7 +1,8 @@
 """run_eval.sh with the real lm_eval: all seven tasks under their own names, on a tiny model and small local data.
 
 lm_eval's task definitions load data sets by name; a folder of that name under the current folder is read in place of
-the Hub's. So everything runs offline and nothing of lm_eval is replaced.
+the Hub's. So everything runs offline and nothing of lm_eval is replaced. At each start lm_eval reads its 14,000 task
+definitions, which takes 12 s: most runs here use a copy of it with only the tasks they name.
 
 Alone: bash tests/run.sh tests/test_run_eval.py
 """
@@ -114,18 +115,32 @@ def write_ifeval(root):
 # ==== The runs ====
 
 
+def copy_lm_eval(folder):
+    """Copy lm_eval into `folder`, of its task definitions only those of the tasks in this file."""
+    package = Path(find_spec("lm_eval").submodule_search_locations[0])
+    shutil.copytree(package, folder / "lm_eval", ignore=shutil.ignore_patterns("__pycache__", "tasks"))
+    for path in (package / "tasks").glob("*.py"):
+        (folder / "lm_eval/tasks").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "lm_eval/tasks" / path.name)
+    for name in ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "sciq"):
+        shutil.copytree(package / "tasks" / name, folder / "lm_eval/tasks" / name)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A current folder with data, an own task, and models in the folders that run_eval.sh expects."""
     root = tmp_path_factory.mktemp("eval")
+    copy_lm_eval(root / "fewer_tasks")
     write_data(root)
     write_ifeval(root)
     write_own_task(root / "own_tasks")
     base = write_tokenizer(root / "tokenizer")
-    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0, context=2048)
+    # BATCH_SIZE=auto:2 tries batches of full contexts: short ones make every task cheaper. ifeval needs long answers.
+    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0, context=256)
     extended = write_conversations(root / "data/sft_v1", base)
-    for seed, path in enumerate(("models/resized", "exports/sft_v1")):
-        write_model(root / path, extended, seed, context=2048)
+    write_model(root / "models/resized", extended, seed=0, context=256)
+    write_model(root / "exports/sft_v1", extended, seed=1, context=256)
+    write_model(root / "exports/long", extended, seed=1, context=2048)
     settings = dict.fromkeys(model_card.RECIPE, 1) | {"DATA_DIR": "nowhere", "RESIZED_MODEL": "models/resized"}
     state = {"step": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
     training = model_card.describe(Path("checkpoints/sft_v1/step_000009"), state, 1, "bfloat16")
@@ -136,6 +151,7 @@ def folder(tmp_path_factory):
 def environment(folder, **changes):
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder / "fewer_tasks"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder / "hf"),
@@ -229,7 +245,7 @@ def runs(folder):
     outputs["after"] = run_script(folder, "after", DEVICE="cpu")
     own = {"TASKS": "own,ifeval", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
     own |= {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}
-    outputs["own"] = run_script(folder, "own", "exports/sft_v1", **own)
+    outputs["own"] = run_script(folder, "own", "exports/long", **own)
     return outputs
 
 
@@ -348,7 +364,9 @@ def test_scores_are_those_of_lm_evals_own_command(folder, runs):
         "--model hf --model_args pretrained=models/base,dtype=bfloat16 --tasks piqa --device cpu --batch_size auto:2"
     )
     command = [Path(sys.executable).with_name("lm_eval"), *words.split(), "--log_samples", "--output_path", "by_hand"]
-    subprocess.run(command, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=200)
+    subprocess.run(
+        command, cwd=folder, env=environment(folder, PYTHONPATH=""), check=True, capture_output=True, timeout=200
+    )
     by_hand = eval_results.read_run(folder / "by_hand")
     before = eval_results.read_run(folder / "eval-results/before")
     assert by_hand["results"]["piqa"] == before["results"]["piqa"]
@@ -381,7 +399,7 @@ SETTINGS = {  # that run_eval.sh would set, in a small form
 def start(folder, tmp_path, monkeypatch):
     """Return a function that runs `start` in this process, with some of run_eval.sh's settings changed."""
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("NLTK_DATA", str(folder / "nltk_data"))
+    monkeypatch.setattr(run_eval, "check_tasks", lambda tasks, include_path: None)  # takes 12 s; it has its own test
 
     def run(**changes):
         args = SETTINGS | {"EVAL_RESULTS": str(tmp_path)} | changes
@@ -421,7 +439,6 @@ def test_an_unfinished_run_continues_only_with_the_same_settings(start):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"TASKS": "piqa,nonsense"}, "lm_eval knows no task nonsense"),
         ({"DEVICE": "cuda:99"}, "DEVICE=cuda:99, but torch sees"),
         ({"DEVICE": "tpu"}, "'tpu' must be gpus, cpu or cuda:N"),
         ({"CHECK_READING": "1"}, "models/base cannot read plain text. Likely causes"),
@@ -460,13 +477,19 @@ def test_a_full_disk_is_seen_at_once(start, monkeypatch):
         start()
 
 
-def test_ifeval_without_its_data_is_refused_at_once(start, monkeypatch):
+def test_a_task_that_lm_eval_does_not_know_is_refused():
+    with pytest.raises(SystemExit, match="lm_eval knows no task nonsense"):
+        run_eval.check_tasks(["piqa", "nonsense"], "")
+
+
+def test_ifeval_without_its_data_is_refused_at_once(folder, monkeypatch):
     from lm_eval.tasks.ifeval import instructions_util
 
-    start(TASKS="ifeval")
+    monkeypatch.setattr(instructions_util.nltk.data, "path", [str(folder / "nltk_data")])
+    run_eval.check_ifeval()
     monkeypatch.setattr(instructions_util.nltk.data, "path", [])
     with pytest.raises(SystemExit, match=r"ifeval needs the packages of requirements.txt, and nltk"):
-        start(TASKS="ifeval")
+        run_eval.check_ifeval()
 
 
 def test_earlier_results_stay(folder):

@@ -82,15 +82,17 @@ def device_name(device):
 
 
 def check_tasks(tasks, include_path):
-    """Exit unless lm_eval knows all of `tasks`, and has what ifeval needs to score its answers at the end."""
+    """Exit unless lm_eval knows all of `tasks`. It reads all its task definitions for that, which takes 12 s."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path or None)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         refuse(f"lm_eval knows no task {', '.join(unknown)}. TASKS names lm_eval's; INCLUDE_PATH adds your own.")
-    if "ifeval" not in tasks:
-        return
+
+
+def check_ifeval():
+    """Exit unless everything is there that ifeval needs to score its answers, which it does after all the work."""
     try:
         from lm_eval.tasks.ifeval import instructions_util  # downloads what is missing, if it can
 
@@ -213,12 +215,13 @@ def start(args):
     record["assistant_check"] = wants_assistant_check(model, args)
     if shutil.disk_usage(staging).free < ROOM:
         refuse(f"less than 1 GiB free for {staging}; the logged questions of the seven tasks need that.")
-    check_tasks(tasks, args["INCLUDE_PATH"])
-    check_reading(model, args["CHECK_READING"] == "1")
-
     finished = sorted(path.name for path in staging.iterdir() if path.is_dir() and path.suffix != ".unfinished")
     if finished:
         check_resume(staging, record, finished)
+    check_reading(model, args["CHECK_READING"] == "1")
+    if "ifeval" in tasks:
+        check_ifeval()
+    check_tasks(tasks, args["INCLUDE_PATH"])
     todo = [task for task in tasks if task not in finished]
     system.write_whole(staging / "run.json", json.dumps(record, indent=2) + "\n")
     system.write_whole(staging / "devices", "".join(f"{device}\n" for device in devices))
