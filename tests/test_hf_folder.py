@@ -4,13 +4,13 @@ Run it alone: bash tests/run.sh tests/test_hf_folder.py
 """
 
 import json
-import shutil
 
 import pytest
 import torch
 import transformers
-from helpers import PASSAGE, edit_json
+from helpers import edit_json
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sft import hf_folder
 
@@ -48,10 +48,26 @@ def test_the_index_of_several_files_is_read_back_and_one_file_has_none(tmp_path)
     assert not list((tmp_path / "one").iterdir())
 
 
-def test_a_model_loads_strictly_or_ends_with_the_remedy(tmp_path, reader_dir):
-    model = hf_folder.load_model(reader_dir, "Do that.", torch.bfloat16)
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a tiny Llama of random weights and a tokenizer of words w0 to w49, whose template is the content."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(50)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{{ messages[0].content }}"
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_loads_strictly_or_ends_with_the_remedy(folder):
+    model = hf_folder.load_model(folder, "Do that.", torch.bfloat16)
     assert not model.training and model.dtype == torch.bfloat16
-    folder = shutil.copytree(reader_dir, tmp_path / "model")
     edit_json(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(SystemExit, match=r"model does not load strictly: {'missing keys': .* Do that\.$"):
         hf_folder.load_model(folder, "Do that.")
@@ -70,13 +86,14 @@ def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path, monk
             load("exports/sft_v1", "Do that.")
 
 
-def test_an_answer_is_greedy_through_the_template_and_says_whether_it_ended(reader_dir):
-    model = hf_folder.load_model(reader_dir, "")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(reader_dir)
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    ids = tokenizer(PASSAGE.read_text()).input_ids
-    start, end = tokenizer.decode(ids[:30]), tokenizer.decode(ids[30:40])
-    model.generation_config.eos_token_id = None
-    assert hf_folder.answer(model, tokenizer, start, 10) == (end.strip(), False)
-    model.generation_config.eos_token_id = [0, ids[39]]
-    assert hf_folder.answer(model, tokenizer, start, 50)[1] is True
+def test_an_answer_is_greedy_through_the_template_and_says_whether_it_ended(folder):
+    model = hf_folder.load_model(folder, "")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [7, 3, 20]
+    with torch.no_grad():
+        for _ in range(5):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    expected = " ".join(f"w{token_id}" for token_id in ids[3:])
+    assert hf_folder.answer(model, tokenizer, "w7 w3 w20", 5) == (expected, False)
+    model.generation_config.eos_token_id = [49, ids[3]]
+    assert hf_folder.answer(model, tokenizer, "w7 w3 w20", 5) == (f"w{ids[3]}", True)
