@@ -1,5 +1,6 @@
 """chatml.py: ids and masks against the saved template, and text that stays text, for both families of tokenizers."""
 
+import hashlib
 import json
 import random
 import re
@@ -67,6 +68,49 @@ def random_turns(seed):
     for _ in range(draw.randint(1, 3)):
         turns += [("user", text()), ("assistant", text())]
     return turns
+
+
+# ---- The template ----
+
+RECORD = json.loads((Path(__file__).parent / "data" / "chat_template.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("setting", RECORD["sha256"])
+def test_the_template_file_renders_what_the_recorded_template_rendered(setting, request, tmp_path):
+    """Text, ids and masks of 16 conversations in all 8 combinations of settings, for both tokenizers."""
+    which, *values = setting.split(", ")
+    adds_bos, train_special, keep = (value.endswith("True") for value in values)
+    tokenizer, _ = chatml.extend_tokenizer(request.getfixturevalue(f"{which}_tokenizer_dir"), train_special, keep)
+    tokenizer.chat_template = chatml.chat_template(adds_bos, train_special, keep)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(RECORD["conversations"]) == len(RECORD["sha256"][setting]) == 16
+    for name, conversation in RECORD["conversations"].items():
+        arguments = conversation["messages"], conversation["add_generation_prompt"]
+        text, ids, mask = rendered(tokenizer, *arguments)
+        bos = tokenizer.bos_token if adds_bos else ""
+        assert text == bos + conversation["text" if keep else "text_without_past_thinking"], name
+        digest = hashlib.sha256(json.dumps([text, ids, mask]).encode()).hexdigest()
+        assert digest == RECORD["sha256"][setting][name], f"{name}: other ids or masks"
+
+
+def rendered(tokenizer, messages, add_generation_prompt):
+    """Return (text, ids, mask) of the tokenizer's own template."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return text, encoded["input_ids"], encoded["assistant_masks"]
+
+
+def test_the_saved_template_is_the_file_with_its_first_line_filled_in(spm_tokenizer_dir, tmp_path):
+    for folder in ("first", "second"):
+        build(spm_tokenizer_dir, tmp_path / folder, True, False)
+    saved = (tmp_path / "first" / "chat_template.jinja").read_bytes()
+    assert saved == (tmp_path / "second" / "chat_template.jinja").read_bytes()
+    header, body = saved.decode().split("\n", 1)
+    assert header == "{%- set bos, train_im_end, keep_past_thinking = true, true, false -%}"
+    assert body == chatml.TEMPLATE.read_text(encoding="utf-8").split("\n", 1)[1]
 
 
 # ---- Ids and masks ----

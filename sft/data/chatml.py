@@ -20,34 +20,17 @@ from sft import hf_folder, system
 CHATML = ("<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
 WORD_CACHE = 200_000  # words
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 # ==== Tokenizer and template ====
 
 
 def chat_template(adds_bos, train_on_special_tokens, keep_past_thinking):
-    """Return the ChatML template (Jinja), with the generation marks that give `assistant_masks`."""
-    end = "<|im_end|>{% endgeneration %}" if train_on_special_tokens else "{% endgeneration %}<|im_end|>"
-    forget = (
-        "{%- if not keep and loop.index0 < last.user and text.startswith('<think>') and text.count('<think>') == 1 "
-        "and text.count('</think>') == 1 %}{% set text = text.split('</think>')[1] | trim %}{% endif -%}"
-    )
-    return (
-        ("{{- bos_token -}}" if adds_bos else "")
-        + "{%- set last = namespace(user=-1) -%}{%- for message in messages -%}"
-        + "{%- if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif -%}{%- endfor -%}"
-        + "{%- set keep = "
-        + ("true" if keep_past_thinking else "false")
-        + " -%}"
-        + "{%- for message in messages -%}{%- set text = message.content | trim -%}"
-        + "{%- if message.role == 'assistant' -%}"
-        + forget
-        + "{{- '<|im_start|>assistant\\n' -}}{% generation %}{{- text -}}"
-        + end
-        + "{%- else -%}{{- '<|im_start|>' + message.role + '\\n' + text + '<|im_end|>' -}}{%- endif -%}"
-        + "{{- '\\n' -}}{%- endfor -%}"
-        + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    )
+    """Return the ChatML template (Jinja): the file, with the three settings filled in on its first line."""
+    _, body = TEMPLATE.read_text(encoding="utf-8").split("\n", 1)
+    values = ["true" if value else "false" for value in (adds_bos, train_on_special_tokens, keep_past_thinking)]
+    return f"{{%- set bos, train_im_end, keep_past_thinking = {', '.join(values)} -%}}\n{body}"
 
 
 def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
