@@ -230,7 +230,7 @@ def feed_texts(world, which, turns):
     encoder, chatml = world.encoders[which], world.chatml
     made = encoder.encode([turns])[0]
     assert made is not None, "text became a control token"
-    placed = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.thinks(text))
+    placed = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.has_think_block(text))
     assert sum(encoder.is_control[ids].sum() for turn in made for ids, _ in turn) == placed
 
 

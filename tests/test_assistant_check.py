@@ -43,7 +43,7 @@ def write_data(folder, base, train_on_special_tokens=True):
     tokenizer, adds_bos = chatml.extend_tokenizer(base, train_on_special_tokens, False)
     tokenizer.save_pretrained(folder / "tokenizer")
     encoder = chatml.Encoder(tokenizer, adds_bos, train_on_special_tokens, False)
-    laid = [chatml.laid([], turns) for turns in encoder.encode([turns for _, turns in CONVERSATIONS])]
+    laid = [chatml.concatenate([], turns) for turns in encoder.encode([turns for _, turns in CONVERSATIONS])]
     columns = {"input_ids": [ids.tolist() for ids, _ in laid], "assistant_masks": [mask.tolist() for _, mask in laid]}
     split = datasets.Dataset.from_dict(columns | {"source": [source for source, _ in CONVERSATIONS]})
     datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(folder)

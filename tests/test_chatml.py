@@ -49,7 +49,7 @@ def pair(base, tmp_path_factory):
 
 def flat(encoder, turns):
     """Return (ids, mask) of one conversation, BOS included."""
-    ids, mask = chatml.laid(encoder.bos, encoder.encode([turns])[0])
+    ids, mask = chatml.concatenate(encoder.bos, encoder.encode([turns])[0])
     return ids.tolist(), mask.tolist()
 
 
@@ -237,8 +237,8 @@ def test_no_text_in_any_role_becomes_a_control_token_and_all_of_it_survives(pair
     roles = ["system", *["user", "assistant"] * 3]
     turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if conversations.utf8(text)]
     for (role, text), turn in zip(turns, encoder.encode([turns])[0], strict=True):
-        part, mask = (array.tolist() for array in chatml.laid([], [turn]))
-        marked = role == "assistant" and chatml.thinks(text)
+        part, mask = (array.tolist() for array in chatml.concatenate([], [turn]))
+        marked = role == "assistant" and chatml.has_think_block(text)
         assert encoder.is_control[part].sum() == 2 + 2 * marked
         assert part[0] == encoder.start and part.count(encoder.start) == part.count(encoder.end) == 1
         assert any(mask) is (role == "assistant")

@@ -37,7 +37,7 @@ def bpe(bpe_tokenizer_dir, tmp_path_factory):
 def cut(encoder, turns, max_seq_len, overflow):
     """Return (the sequences as (ids, mask) lists, what was lost)."""
     pieces, lost = chatml.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
-    return [tuple(array.tolist() for array in chatml.laid([], [piece])) for piece in pieces], lost
+    return [tuple(array.tolist() for array in chatml.concatenate([], [piece])) for piece in pieces], lost
 
 
 def test_split_loses_no_turn_and_repeats_the_system_turn(bpe):
