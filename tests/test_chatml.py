@@ -1,4 +1,7 @@
-"""chatml.py: ids and masks against the saved template, and text that stays text, for both families of tokenizers."""
+"""chatml.py: ids and masks against the saved template, and text that stays text, for both families of tokenizers.
+
+Run it alone: bash tests/run.sh tests/test_chatml.py
+"""
 
 import hashlib
 import json
@@ -377,3 +380,42 @@ def test_every_conversation_of_the_demo_equals_the_template_and_decodes_to_its_a
             answers = "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
             trained = tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained])
             assert trained == answers or encoder.bos
+
+
+# ---- Cutting at the window ----
+
+
+def cut(encoder, turns, max_seq_len, overflow):
+    """Return (the sequences of one conversation as (ids, mask) lists, list of what was lost)."""
+    pieces, lost = chatml.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
+    return [tuple(array.tolist() for array in chatml.concatenate([], [piece])) for piece in pieces], lost
+
+
+def test_split_loses_no_turn_and_repeats_the_system_turn(small_encoder):
+    tokenizer, encoder = small_encoder
+    turns = [("system", "Be brief.")]
+    for n in range(9):
+        turns += [("user", f"question {n}?"), ("assistant", f"answer {n}.")]
+    [(_, whole)], _ = cut(encoder, turns, 10_000, "split")
+    pieces, lost = cut(encoder, turns, 120, "split")
+    assert not lost
+    lengths, texts = [len(ids) for ids, _ in pieces], [tokenizer.decode(ids) for ids, _ in pieces]
+    assert len(pieces) > 1 and max(lengths) <= 120
+    assert all(text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n") for text in texts)
+    assert [n for text in texts for n in range(9) if f"answer {n}." in text] == list(range(9))
+    assert sum(sum(mask) for _, mask in pieces) == sum(whole)
+
+
+def test_truncate_and_drop(small_encoder):
+    tokenizer, encoder = small_encoder
+    turns = [("user", "Hi"), ("assistant", "word " * 200)]
+    for overflow in ("truncate", "split"):  # a single exchange cannot be split
+        [(ids, mask)], lost = cut(encoder, turns, 60, overflow)
+        assert lost == ["end cut off at the window"]
+        assert len(ids) == 60 and mask[-1] and encoder.end not in ids[20:]
+    assert cut(encoder, turns, 60, "drop") == ([], [])
+    long_question = [("user", "word " * 200), ("assistant", "Yes.")]
+    assert cut(encoder, long_question, 60, "split")[0] == []
+    both = [*long_question, ("user", "Hi"), ("assistant", "Hello.")]
+    [(ids, _)], lost = cut(encoder, both, 60, "split")
+    assert "Hello." in tokenizer.decode(ids) and "exchange without a trained token in the window left out" in lost
