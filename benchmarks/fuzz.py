@@ -10,6 +10,7 @@ printed with its kind and number: with the same --seed, `make(kind, seed, number
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -28,9 +29,7 @@ from types import SimpleNamespace
 import common
 
 from sft import settings
-from sft.data import chatml
-from sft.data import sources as data_sources
-from sft.data import workers as data_workers
+from sft.data import chatml, sources, workers
 
 # ---- Size ----
 INPUTS = 100_000  # over all kinds, each with its share
@@ -59,7 +58,7 @@ SCALARS += (1e308, float("nan"), float("inf"), -float("inf"), "user", "assistant
 KEYS = ("messages", "conversations", "query", "response", "prompt", "role", "content", "from", "value", "", "\ud800")
 BYTES = (b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\n", b'"', b"{", b"]", b"NaN")
 BYTES += (b"-Infinity", b"1e999", b"9" * 5000, b'{"messages": 1, ', b"\\ud800", b"\\u0000", b"[" * 3000, b"]" * 900)
-RUN = {"MAX_SEQ_LEN": 64, "OVERFLOW": "split", "DEDUPLICATE": "normalised", "IDENTITY_PATTERNS": (r"\bI am ChatGPT",)}
+ARGS = {"MAX_SEQ_LEN": 64, "OVERFLOW": "split", "DEDUPLICATE": "normalised", "IDENTITY_PATTERNS": (r"\bI am ChatGPT",)}
 NAMES = ("a", "with space", "it's", 'a "quote"', "new\nline", "$(touch X)", "[0-9]*?", "ü😀")  # of files
 JINJA = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch X') }}"
 
@@ -157,18 +156,19 @@ def make_rows(rng):
 
 def feed_rows(world, source, data):
     with contextlib.suppress(ValueError, RecursionError):  # what no parser reads is the files' matter
-        judged(world, source, SimpleNamespace(take=lambda numbers: [(json.loads(data), None)]), 1)
+        rows = SimpleNamespace(take=lambda numbers: [(json.loads(data), None)])
+        prepare_rows(world, sources.Source(path="fuzz.jsonl", **source), rows, 1)
 
 
-def judged(world, source, rows, number):
-    """Take `number` rows the way of a worker of prepare_data.py, with the lines of its ledger."""
-    data_workers.WORK = data_workers.Work(source, rows, world.encoders[0], None, RUN)
-    fates, lengths, ids, mask = data_workers.prepare_rows(list(range(number)))
-    assert len(fates) == number and sum(lengths) == len(ids) == len(mask)
-    for fate in fates:
-        assert bool(fate.reason) == (not fate.sequences)
-        for line in world.prepare_data.ledger_lines("fuzz", fate):
-            json.dumps(line).encode()
+def prepare_rows(world, source, rows, number):
+    """Take `number` rows as a worker of prepare_data.py does, with their lines of rejected.jsonl."""
+    work = workers.Work(source, rows, world.encoders[0], None, ARGS)
+    batch = workers.prepare_rows(work, list(range(number)))
+    assert len(batch.results) == number and sum(batch.lengths) == len(batch.ids) == len(batch.mask)
+    for result in batch.results:
+        assert bool(result.reason) == (not result.sequences)
+        for entry in world.prepare_data.rejected_entries("fuzz", result):
+            json.dumps(entry).encode()
 
 
 def make_files(rng):
@@ -180,11 +180,12 @@ def make_files(rng):
 
 
 def feed_files(world, source, data):
-    path = world.folder / source["path"]
+    source = sources.Source(**source)
+    path = world.folder / source.path
     path.write_bytes(data)
     try:
-        rows = data_sources.find_source(source, world.folder)[0]()
-        judged(world, source, rows, len(rows))
+        rows = sources.find_source(source, world.folder)[0]()
+        prepare_rows(world, source, rows, len(rows))
     finally:
         path.unlink()
 
@@ -212,7 +213,7 @@ def feed_huge(world, megabytes):
     """Read a row of that size from a JSONL file, and from a JSON array whose other row is good."""
     row = b'{"query": "a", "response": "' + b"x" * megabytes * 10**6 + b'"}'
     for name, data in (("huge.jsonl", row), ("huge.json", b'[{"query": "a", "response": "b"}, %b]' % row)):
-        feed_files(world, {"name": "huge", "path": name, "schema": "query/response"}, data)
+        feed_files(world, {"name": "huge", "path": name, "schema": "query/response", "examples": "all"}, data)
 
 
 def make_texts(rng):
@@ -230,29 +231,29 @@ def feed_texts(world, which, turns):
     encoder, chatml = world.encoders[which], world.chatml
     made = encoder.encode([turns])[0]
     assert made is not None, "text became a control token"
-    placed = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.thinks(text))
+    placed = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.has_think_block(text))
     assert sum(encoder.is_control[ids].sum() for turn in made for ids, _ in turn) == placed
 
 
 def make_mixture(rng):
-    sources = [
+    mixture = [
         {"name": "a", "path": rng.choice(NAMES) + ".jsonl", "schema": "messages", "examples": "all", "seed": 1},
         {"name": "b", "path": "b.json", "schema": "query/response", "examples": 10, "repeat": 2, "exclude": {"x": [1]}},
         {"name": "c", "hub": "o/n", "config": "d", "revision": "main", "split": "train", "schema": "messages"},
         {"name": "d", "hub": "o/n", "file": "e.json", "schema": "conversations", "examples": 5},
     ]
-    return rng.choice(NAMES) + ".json", json_bytes(rng, sources[: rng.randrange(5)])
+    return rng.choice(NAMES) + ".json", json_bytes(rng, mixture[: rng.randrange(5)])
 
 
 def feed_mixture(world, name, data):
     path = world.folder / name
     path.write_bytes(data)
-    sources, folder = world.prepare_data.read_mixture(str(path))
-    for source in sources:
-        print(source["name"])
-        json.dumps(source)
-        if "path" in source:
-            data_sources.find_source(source, folder)
+    mixture, folder = sources.read_mixture(str(path))
+    for source in mixture:
+        print(source.name)
+        json.dumps(dataclasses.asdict(source))
+        if source.path is not None:
+            sources.find_source(source, folder)
 
 
 def make_checkpoints(rng):
@@ -376,7 +377,7 @@ def feed_tokenizer(world, data):
     (base / "tokenizer_config.json").write_bytes(data)
     rules = {"TRAIN_ON_SPECIAL_TOKENS": True, "KEEP_PAST_THINKING": True}
     try:
-        world.prepare_data.build_encoder(rules | {"BASE_TOKENIZER": str(base)}, world.folder / "saved")
+        world.prepare_data.build_encoder(rules | {"BASE_MODEL": str(base)}, world.folder / "saved")
     finally:
         assert not Path("X").exists(), "the base's template or code was run"
 

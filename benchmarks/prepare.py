@@ -21,8 +21,7 @@ import time
 import common
 
 from sft import settings
-from sft.data import conversations
-from sft.data import sources as data_sources
+from sft.data import conversations, sources
 
 # ---- Size ----
 ROUNDS = 3  # of raw, start-up and ours; the medians count
@@ -43,20 +42,23 @@ MESSAGES = FOLDER / "messages.jsonl"
 def write_inputs(source, rows, array):
     """Write the conversations that can be used as MESSAGES, and the first `rows` rows as the JSON array `array`.
 
-    Returns: how many conversations were written.
+    source: path of ShareGPT. Returns: how many conversations were written.
     """
-
-    open_rows, _ = data_sources.find_source(SOURCE | {"path": source}, common.ROOT)
+    sharegpt = sources.Source(**SOURCE, path=str(source))
+    open_rows, _ = sources.find_source(sharegpt, common.ROOT)
     stored, kept = open_rows(), 0
-    found = stored.take(range(min(rows or len(stored), len(stored))))
+    first = stored.take(range(min(rows or len(stored), len(stored))))
     if rows:
-        array.write_text(json.dumps([row for row, _ in found]), encoding="utf-8")
+        array.write_text(json.dumps([row for row, _ in first]), encoding="utf-8")
     with MESSAGES.open("w", encoding="utf-8") as messages:
-        for row, unreadable in found:
-            turns, reason = ([], "unreadable") if unreadable else conversations.read_turns(row, SOURCE)
-            if reason or any(holds(turns) for _, holds in conversations.REJECTIONS):
+        for row, unreadable in first:
+            if unreadable:
                 continue
-            if turns := conversations.repair(turns)[0]:
+            turns, reason = conversations.read_turns(row, sharegpt)
+            if reason or conversations.reason_to_reject(turns):
+                continue
+            turns, _ = conversations.repair(turns)
+            if turns:
                 row = [{"role": role, "content": content} for role, content in turns]
                 messages.write(json.dumps({"messages": row}) + "\n")
                 kept += 1
@@ -75,7 +77,7 @@ def raw(tokenizer_file, batch_sizes):
         texts = [turn["content"] for line in lines for turn in json.loads(line)["messages"]]
     seconds = {}
     for size in batch_sizes:
-        tokenizer = Tokenizer.from_file(tokenizer_file)  # anew: it remembers words
+        tokenizer = Tokenizer.from_file(tokenizer_file)  # a new one each time: it remembers words
         tokens = seconds[size] = 0
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
@@ -98,7 +100,7 @@ def ours(base, mixture, output):
     command = [sys.executable, "prepare_data.py"]
     startup, _ = timed(*command, "--help")
     shutil.rmtree(output, ignore_errors=True)
-    command += ["--base-tokenizer", base, "--mixture", mixture, "--output-dir", output, "--max-seq-len", MAX_SEQ_LEN]
+    command += ["--base-model", base, "--mixture", mixture, "--data-dir", output, "--max-seq-len", MAX_SEQ_LEN]
     whole, _ = timed(*command, "--validation-conversations", 1, *common.DECONTAMINATION_OFF)
     return startup, whole - startup, json.loads((output / "report.json").read_text(encoding="utf-8"))
 
@@ -135,7 +137,7 @@ def one_round(base, mixture, python, with_trl):
     return figures, report
 
 
-def main(run):
+def main(args):
     """Fetch the inputs, measure the rounds, print the medians and the RESULT line."""
     rows, rounds = (1500, 1) if QUICK else (ROWS, ROUNDS)
     common.machine()

@@ -3,7 +3,7 @@
     python benchmarks/prepare_memory.py            1,000,000 conversations
     python benchmarks/prepare_memory.py --quick    20,000, for a look
 
-The conversations are sentences of ShareGPT put together anew, the same ones every time: half as JSONL, half as a JSON
+The conversations are sentences of ShareGPT in new combinations, the same ones every time: half as JSONL, half as a JSON
 array. Every SAMPLE_SECONDS the PSS (/proc/PID/smaps_rollup) of prepare_data.py and all its descendants is added up; PSS
 counts a page that several processes share once in all, and pages of mapped files as well. `peak_rss_gib` is the highest
 sum. This process imports nothing heavy, so that it shares no library's pages with what it measures; another Python with
@@ -23,7 +23,6 @@ from pathlib import Path
 import common
 
 from sft import settings
-from sft.data import sources as data_sources
 
 # ---- Size ----
 CONVERSATIONS = 1_000_000  # generated, half of them per source
@@ -41,12 +40,12 @@ LIMIT_GIB = 2  # the target
 # ==== Generated conversations ====
 
 
-def generate(source, conversations, files):
-    """Write `conversations` different conversations, half as `messages` lines, half as a `conversations` array."""
-    from sft.data import conversations
+def generate(source, number, files):
+    """Write `number` different conversations, half as `messages` lines, half as a `conversations` array."""
+    from sft.data import sources  # heavy; this runs in a child
 
     sentences = {}
-    rows = data_sources.JsonRows(source)
+    rows = sources.JsonRows(source)
     for row, _ in rows.take(range(len(rows) - 1)):  # the last is cut off
         for text in [turn["value"] for turn in row["conversations"]]:
             sentences |= dict.fromkeys(s for s in re.split(r"(?<=[.!?])\s+", text) if 30 < len(s) < 250)
@@ -57,15 +56,15 @@ def generate(source, conversations, files):
     def text(most):
         return " ".join(draw.choices(sentences, k=draw.randint(1, most)))
 
-    for path, half in zip(files, (conversations // 2, conversations - conversations // 2), strict=True):
+    for path, half in zip(files, (number // 2, number - number // 2), strict=True):
         array = path.suffix == ".json"
         key, role, content = ("conversations", "from", "value") if array else ("messages", "role", "content")
         with path.open("w", encoding="utf-8") as file:
-            for place in range(half):
+            for index in range(half):
                 turns = []
                 for _ in range(draw.randint(1, 2)):
                     turns += [{role: "user", content: text(2)}, {role: "assistant", content: text(6)}]
-                before = ("[" if place == 0 else ",\n") if array else ""
+                before = ("[" if index == 0 else ",\n") if array else ""
                 file.write(before + json.dumps({key: turns}) + ("" if array else "\n"))
             file.write("]\n" if array else "")
 
@@ -83,10 +82,10 @@ def tree(pid):
             except OSError:  # it ended
                 continue
             parents.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(entry.name))
-    found = [pid]
-    for process in found:  # grows while it is walked
-        found += parents.get(process, [])
-    return found
+    descendants = [pid]
+    for process in descendants:  # grows while it is walked
+        descendants += parents.get(process, [])
+    return descendants
 
 
 def pss_gib(pids):
@@ -119,7 +118,7 @@ def watch(command, log):
 # ==== Main ====
 
 
-def main(run):
+def main(args):
     """Generate, prepare, watch, check that no conversation is lost, print the RESULT line."""
     number = 20_000 if QUICK else CONVERSATIONS
     common.machine()
@@ -132,10 +131,10 @@ def main(run):
     size = sum(path.stat().st_size for path in files) / 2**30
     print(f"{number:,} conversations, {size:.2f} GiB, written in {time.perf_counter() - begin:.0f} s", flush=True)
     schemas = zip(files, ("messages", "conversations"), strict=True)
-    sources = [{"name": p.stem, "path": str(p), "schema": schema, "examples": "all"} for p, schema in schemas]
-    mixture.write_text(json.dumps(sources))
-    command = [sys.executable, "prepare_data.py", "--base-tokenizer", str(base), "--mixture", str(mixture)]
-    command += ["--output-dir", str(output), *common.DECONTAMINATION_OFF]
+    rows = [{"name": p.stem, "path": str(p), "schema": schema, "examples": "all"} for p, schema in schemas]
+    mixture.write_text(json.dumps(rows))
+    command = [sys.executable, "prepare_data.py", "--base-model", str(base), "--mixture", str(mixture)]
+    command += ["--data-dir", str(output), *common.DECONTAMINATION_OFF]
     peak, most, seconds = watch(command, FOLDER / "prepare.log")
     report = json.loads((output / "report.json").read_text(encoding="utf-8"))
     read, kept, rejected = (sum(line[key] for line in report["sources"]) for key in ("read", "kept", "rejected"))

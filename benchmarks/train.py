@@ -88,8 +88,8 @@ def prepare():
     (FOLDER / "mixture.json").write_text(json.dumps([source]))
     for old in ("prepared", "base"):
         shutil.rmtree(FOLDER / old, ignore_errors=True)
-    command = [sys.executable, "prepare_data.py", "--base-tokenizer", common.base_folder()]
-    command += ["--max-seq-len", MAX_SEQ_LEN, "--mixture", FOLDER / "mixture.json", "--output-dir", FOLDER / "prepared"]
+    command = [sys.executable, "prepare_data.py", "--base-model", common.base_folder()]
+    command += ["--max-seq-len", MAX_SEQ_LEN, "--mixture", FOLDER / "mixture.json", "--data-dir", FOLDER / "prepared"]
     common.run(*command, "--validation-conversations", 1, *common.DECONTAMINATION_OFF)
     command = [sys.executable, "resize_vocab.py", "--base-model", common.base_folder()]
     common.run(*command, "--tokenizer", FOLDER / "prepared" / "tokenizer", "--output-dir", FOLDER / "base")

@@ -1,13 +1,15 @@
-"""A Hugging Face model folder: configuration, tokenizer, shards and index, the model loaded strictly, its answers."""
+"""A Hugging Face model folder: configuration, tokenizer, shards and index, the model loaded strictly, its answers.
+
+It imports torch where it computes: prepare_data.py reads token names here, and torch would cost it 0.2 GiB.
+"""
 
 import json
 import re
 from pathlib import Path
 
-import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft import system
 
@@ -28,7 +30,7 @@ def load_config(folder, remedy):
     """Return the transformers config of `folder`. Raises: SystemExit, ending with `remedy`, if there is none."""
     check_is_folder(folder, remedy)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise several kinds
         raise SystemExit(f"{folder} has no config.json that transformers can read ({error}). {remedy}") from None
 
@@ -124,6 +126,8 @@ def write_index(folder, layout, total_size):
 
 def same_bits(first, second):
     """Return whether two tensors have the same dtype, shape and bits (0.0 and -0.0 differ, NaN equals itself)."""
+    import torch
+
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     return torch.equal(*(tensor.detach().contiguous().view(torch.uint8) for tensor in (first, second)))
@@ -137,7 +141,7 @@ def load_model(folder, remedy, dtype="auto", **options):
     """
     check_is_folder(folder, remedy)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and json each raise their own

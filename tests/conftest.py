@@ -1,4 +1,4 @@
-"""Two tokenizers of exactly 49,152 tokens without the ChatML markers, as base folders, built in the process."""
+"""Base folders that several test files use: tokenizers without the ChatML markers, and a tiny model that can read."""
 
 import json
 import os
@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of this process would not survive prepare_data.py's fork
 VOCABULARY = 49_152
-FAST_FIRST = ("settings", "step_plan", "checkpoints", "demo", "compare_evals", "prepare_data", "resize_vocab")
+FAST_FIRST = ("settings", "step_plan", "checkpoints", "demo", "conversations", "sources", "workers", "compare_evals")
+FAST_FIRST += ("prepare_data", "resize_vocab")
 TEXT = """The sea was calm that morning, and nobody on the pier expected the boat to come back so soon.
 def add(first, second):
     return first + second
@@ -24,7 +25,7 @@ Who are you? What can you do for me? I am not sure, but I can help you to find o
 
 def pytest_collection_modifyitems(items):
     """Run the fast files first: what is broken shows in seconds."""
-    order = {f"test_{name}.py": place for place, name in enumerate(FAST_FIRST)}
+    order = {f"test_{name}.py": rank for rank, name in enumerate(FAST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
@@ -37,7 +38,6 @@ def pad(vocab, number):
 
 def save(tokenizer, folder, names):
     folder.mkdir()
-    assert tokenizer.get_vocab_size() == VOCABULARY
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -52,17 +52,39 @@ def grown(model, pre_tokenizer, trainer):
     return json.loads(tokenizer.to_str())
 
 
-@pytest.fixture(scope="session")
-def bpe_tokenizer_dir(tmp_path_factory):
-    """A byte-level BPE with `<|endoftext|>` as its only special token and no BOS of its own."""
+def byte_level(folder, vocabulary):
+    """Save a byte-level BPE with `<|endoftext|>` as its only special token and no BOS of its own in `folder`."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
     state = grown(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), trainer)
-    pad(state["model"]["vocab"], VOCABULARY)
+    pad(state["model"]["vocab"], vocabulary)
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.decoder = decoders.ByteLevel()
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    return save(tokenizer, tmp_path_factory.mktemp("bpe") / "base", names)
+    return save(tokenizer, folder, names)
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer_dir(tmp_path_factory):
+    """A byte-level BPE with `<|endoftext|>` as its only special token and no BOS of its own."""
+    folder = byte_level(tmp_path_factory.mktemp("bpe") / "base", VOCABULARY)
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() == VOCABULARY
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer_dir(tmp_path_factory):
+    """The same without its unused tokens, for tests that do not ask for the vocabulary: reading it costs a second."""
+    return byte_level(tmp_path_factory.mktemp("small") / "base", 0)
+
+
+@pytest.fixture(scope="session")
+def small_encoder(small_tokenizer_dir):
+    """(small_tokenizer_dir's tokenizer, extended, its Encoder)."""
+    from sft.data import chatml
+
+    tokenizer, adds_bos = chatml.extend_tokenizer(small_tokenizer_dir, True, True)
+    return tokenizer, chatml.Encoder(tokenizer, adds_bos, True, True)
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +101,7 @@ def spm_tokenizer_dir(tmp_path_factory):
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(parts)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer.get_vocab_size() == VOCABULARY
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return save(tokenizer, tmp_path_factory.mktemp("spm") / "base", names)
 

@@ -1,5 +1,9 @@
-"""chatml.py: ids and masks against the saved template, and text that stays text, for both families of tokenizers."""
+"""chatml.py: ids and masks against the saved template, and text that stays text, for both families of tokenizers.
 
+Run it alone: bash tests/run.sh tests/test_chatml.py
+"""
+
+import hashlib
 import json
 import random
 import re
@@ -48,7 +52,7 @@ def pair(base, tmp_path_factory):
 
 def flat(encoder, turns):
     """Return (ids, mask) of one conversation, BOS included."""
-    ids, mask = chatml.laid(encoder.bos, encoder.encode([turns])[0])
+    ids, mask = chatml.concatenate(encoder.bos, encoder.encode([turns])[0])
     return ids.tolist(), mask.tolist()
 
 
@@ -67,6 +71,49 @@ def random_turns(seed):
     for _ in range(draw.randint(1, 3)):
         turns += [("user", text()), ("assistant", text())]
     return turns
+
+
+# ---- The template ----
+
+RECORD = json.loads((Path(__file__).parent / "data" / "chat_template.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("setting", RECORD["sha256"])
+def test_the_template_file_renders_what_the_recorded_template_rendered(setting, request, tmp_path):
+    """Text, ids and masks of 16 conversations in all 8 combinations of settings, for both tokenizers."""
+    which, *values = setting.split(", ")
+    adds_bos, train_special, keep = (value.endswith("True") for value in values)
+    tokenizer, _ = chatml.extend_tokenizer(request.getfixturevalue(f"{which}_tokenizer_dir"), train_special, keep)
+    tokenizer.chat_template = chatml.chat_template(adds_bos, train_special, keep)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(RECORD["conversations"]) == len(RECORD["sha256"][setting]) == 16
+    for name, conversation in RECORD["conversations"].items():
+        arguments = conversation["messages"], conversation["add_generation_prompt"]
+        text, ids, mask = rendered(tokenizer, *arguments)
+        bos = tokenizer.bos_token if adds_bos else ""
+        assert text == bos + conversation["text" if keep else "text_without_past_thinking"], name
+        digest = hashlib.sha256(json.dumps([text, ids, mask]).encode()).hexdigest()
+        assert digest == RECORD["sha256"][setting][name], f"{name}: other ids or masks"
+
+
+def rendered(tokenizer, messages, add_generation_prompt):
+    """Return (text, ids, mask) of the tokenizer's own template."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return text, encoded["input_ids"], encoded["assistant_masks"]
+
+
+def test_the_saved_template_is_the_file_with_its_first_line_filled_in(spm_tokenizer_dir, tmp_path):
+    for folder in ("first", "second"):
+        build(spm_tokenizer_dir, tmp_path / folder, True, False)
+    saved = (tmp_path / "first" / "chat_template.jinja").read_bytes()
+    assert saved == (tmp_path / "second" / "chat_template.jinja").read_bytes()
+    header, body = saved.decode().split("\n", 1)
+    assert header == "{%- set bos, train_im_end, keep_past_thinking = true, true, false -%}"
+    assert body == chatml.TEMPLATE.read_text(encoding="utf-8").split("\n", 1)[1]
 
 
 # ---- Ids and masks ----
@@ -193,8 +240,8 @@ def test_no_text_in_any_role_becomes_a_control_token_and_all_of_it_survives(pair
     roles = ["system", *["user", "assistant"] * 3]
     turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if conversations.utf8(text)]
     for (role, text), turn in zip(turns, encoder.encode([turns])[0], strict=True):
-        part, mask = (array.tolist() for array in chatml.laid([], [turn]))
-        marked = role == "assistant" and chatml.thinks(text)
+        part, mask = (array.tolist() for array in chatml.concatenate([], [turn]))
+        marked = role == "assistant" and chatml.has_think_block(text)
         assert encoder.is_control[part].sum() == 2 + 2 * marked
         assert part[0] == encoder.start and part.count(encoder.start) == part.count(encoder.end) == 1
         assert any(mask) is (role == "assistant")
@@ -333,3 +380,42 @@ def test_every_conversation_of_the_demo_equals_the_template_and_decodes_to_its_a
             answers = "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
             trained = tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained])
             assert trained == answers or encoder.bos
+
+
+# ---- Cutting at the window ----
+
+
+def cut(encoder, turns, max_seq_len, overflow):
+    """Return (the sequences of one conversation as (ids, mask) lists, list of what was lost)."""
+    pieces, lost = chatml.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
+    return [tuple(array.tolist() for array in chatml.concatenate([], [piece])) for piece in pieces], lost
+
+
+def test_split_loses_no_turn_and_repeats_the_system_turn(small_encoder):
+    tokenizer, encoder = small_encoder
+    turns = [("system", "Be brief.")]
+    for n in range(9):
+        turns += [("user", f"question {n}?"), ("assistant", f"answer {n}.")]
+    [(_, whole)], _ = cut(encoder, turns, 10_000, "split")
+    pieces, lost = cut(encoder, turns, 120, "split")
+    assert not lost
+    lengths, texts = [len(ids) for ids, _ in pieces], [tokenizer.decode(ids) for ids, _ in pieces]
+    assert len(pieces) > 1 and max(lengths) <= 120
+    assert all(text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n") for text in texts)
+    assert [n for text in texts for n in range(9) if f"answer {n}." in text] == list(range(9))
+    assert sum(sum(mask) for _, mask in pieces) == sum(whole)
+
+
+def test_truncate_and_drop(small_encoder):
+    tokenizer, encoder = small_encoder
+    turns = [("user", "Hi"), ("assistant", "word " * 200)]
+    for overflow in ("truncate", "split"):  # a single exchange cannot be split
+        [(ids, mask)], lost = cut(encoder, turns, 60, overflow)
+        assert lost == ["end cut off at the window"]
+        assert len(ids) == 60 and mask[-1] and encoder.end not in ids[20:]
+    assert cut(encoder, turns, 60, "drop") == ([], [])
+    long_question = [("user", "word " * 200), ("assistant", "Yes.")]
+    assert cut(encoder, long_question, 60, "split")[0] == []
+    both = [*long_question, ("user", "Hi"), ("assistant", "Hello.")]
+    [(ids, _)], lost = cut(encoder, both, 60, "split")
+    assert "Hello." in tokenizer.decode(ids) and "exchange without a trained token in the window left out" in lost

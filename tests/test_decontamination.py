@@ -1,22 +1,23 @@
-"""decontamination.py: the real lm_eval's texts of every kind of task on small data, and look-ups in what it wrote."""
+"""decontamination.py: the real lm_eval's texts of every kind of task on small data, and look-ups in what it wrote.
+
+Run it alone: bash tests/run.sh tests/test_decontamination.py
+"""
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT, write_dataset
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_run_eval import write_dataset
 
 from sft.data import decontamination
 
-ROOT = Path(__file__).resolve().parent.parent
 LESS = 'or go on without it: --decontaminate-against "" (the comparison before/after then proves less).'
 # Twelve questions of one form: what they share is boilerplate, twelve being more than ten.
 FORMULA = "please read the following riddle with great care and then give one single short answer"
@@ -68,57 +69,72 @@ def write_data(root):
     write_dataset(root, "cais/mmlu", {name: {"test": rows, "dev": rows} for name, rows in subjects.items()})
 
 
-def script(place, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "sft.data.decontamination", *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hf")},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+PROGRAM = """
+import contextlib, functools, io, json, sys
+import lm_eval.tasks
+from sft.data import decontamination
+
+lm_eval.tasks.TaskManager = functools.cache(lm_eval.tasks.TaskManager)  # it takes 5 to 15 seconds
+for tasks, path in json.loads(sys.argv[1]):
+    refusal, printed = None, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            decontamination.write_ngrams(tasks, "own_tasks", path)
+        except SystemExit as error:
+            refusal = error.code
+    print(json.dumps([refusal, printed.getvalue()]))
+"""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("decontamination")
     write_data(root)
     write_own_tasks(root / "own_tasks")
     (root / "demo").symlink_to(ROOT / "demo")
+    for path in (ROOT / "demo" / "tasks").glob("*.yaml"):
+        (root / "own_tasks" / path.name).symlink_to(path)
     return root
 
 
 @pytest.fixture(scope="module")
-def runs(place):
-    """All runs that load lm_eval, two at a time: each takes 6 to 12 seconds, most of it imports."""
-    own = ["--include-path", "own_tasks"]
+def runs(folder):
+    """{run: (the refusal or None, what it printed)} of write_ngrams, all in one process with the real lm_eval."""
     wanted = {
-        "demo": ["--tasks", "demo_persona,demo_general", "--include-path", "demo/tasks", "--output", "demo.npz"],
-        "kinds": ["--tasks", "arc_easy,winogrande,lambada_openai,own_group,own_riddles,own_rolling", *own],
-        "unreachable": ["--tasks", "own_rolling,sciq", *own, "--output", "none.npz"],
-        "unknown": ["--tasks", "nonsense", "--output", "none.npz"],
+        "demo": (["demo_persona", "demo_general", "demo_persona"], "demo.npz"),
+        "kinds": (["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling"], "kinds.npz"),
+        "unreachable": (["own_rolling", "sciq"], "none.npz"),
+        "unknown": (["nonsense"], "none.npz"),
     }
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(wanted, pool.map(lambda name: script(place, *wanted[name]), wanted), strict=True))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(list(wanted.values()))],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return dict(zip(wanted, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.fixture(scope="module")
-def overlap(place, runs):
-    assert runs["kinds"].returncode == 0, runs["kinds"].stderr
-    return decontamination.Overlap(place / "data/evaluation_ngrams.npz")
+def overlap(folder, runs):
+    assert runs["kinds"][0] is None
+    return decontamination.Overlap(folder / "kinds.npz")
 
 
-# ---- What the script writes and says ----
+# ---- What is written and printed ----
 
 
-def test_the_demos_own_tasks(place, runs):
-    done = runs["demo"]
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    overlap = decontamination.Overlap(place / "demo.npz")
+def test_the_demos_own_tasks(folder, runs):
+    refusal, printed = runs["demo"]
+    assert refusal is None
+    overlap = decontamination.Overlap(folder / "demo.npz")
     assert [row["task"] for row in overlap.counts] == ["demo_persona", "demo_general"]
     row = overlap.counts[1]
-    assert done.stdout.splitlines()[1] == (
+    assert printed.splitlines()[1] == (
         f"demo_general: 64 questions, {row['ngrams']} n-grams, {row['too_short']} questions too short, 0 n-grams of "
         "boilerplate"
     )
@@ -129,13 +145,13 @@ def test_the_demos_own_tasks(place, runs):
         assert long and all(overlap.find([text])[0] == task for text in long)
 
 
-def test_file_is_sorted_and_needs_no_pickle(place, overlap):
-    with np.load(place / "data/evaluation_ngrams.npz", allow_pickle=False) as file:
+def test_file_is_sorted_and_needs_no_pickle(folder, overlap):
+    with np.load(folder / "kinds.npz", allow_pickle=False) as file:
         assert file["hashes"].dtype == np.uint64 and (np.diff(file["hashes"]) > 0).all()
         assert len(file["task_of"]) == len(file["hashes"]) and int(file["n"]) == 13
         words = file["words"].tobytes().decode().split("\n")
     assert words == sorted(set(words)) and {"trophy", "whistled", "slate"} <= set(words)
-    assert [path.name for path in (place / "data").iterdir()] == ["evaluation_ngrams.npz"]
+    assert sorted(path.name for path in folder.glob("*.npz*")) == ["demo.npz", "kinds.npz"]
 
 
 def test_counts(overlap):
@@ -194,7 +210,7 @@ few_words = st.lists(st.sampled_from("abcd"), max_size=30)
 @given(st.lists(few_words, min_size=1, max_size=4), st.lists(few_words, max_size=3), st.integers(1, 6))
 @hypothesis_settings(deadline=None, max_examples=200)
 def test_find_agrees_with_sets_of_words(tmp_path_factory, questions, turns, n):
-    """The questions of even place are the first task's, the others the second's."""
+    """The questions of even index are the first task's, the others the second's."""
     path = tmp_path_factory.getbasetemp() / "property.npz"
     sets = {}
     for task, part in (("first", questions[::2]), ("second", questions[1::2])):
@@ -232,25 +248,45 @@ def test_hashes_are_the_same_everywhere():
         ("unknown", "nonsense", "lm_eval knows no task of this name"),
     ],
 )
-def test_a_task_that_cannot_be_compared(place, runs, run, task, says):
-    done = runs[run]
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"{task} cannot be compared: ") and says in done.stderr
-    assert done.stderr.endswith(f"Make it reachable, {LESS}\n")
-    assert not list(place.glob("none.npz*"))
+def test_a_task_that_cannot_be_compared(folder, runs, run, task, says):
+    refusal, _ = runs[run]
+    assert "\n" not in refusal and "Traceback" not in refusal
+    assert refusal.startswith(f"{task} cannot be compared: ") and says in refusal
+    assert refusal.endswith(f"Make it reachable, {LESS}")
+    assert not list(folder.glob("none.npz*"))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "TASKS is empty; name lm_eval's tasks with --tasks, by commas."),
-        (["--tasks", "x", "--ngram", "0"], "NGRAM is 0; it must be at least 1."),
-        (["--tasks", "x", "--include-path", "nowhere"], "no folder nowhere; --include-path names"),
-    ],
-)
-def test_settings_are_checked_at_once(tmp_path, arguments, says):
-    done = script(tmp_path, *arguments)
-    assert done.returncode == 1 and done.stderr.startswith(says) and done.stderr.count("\n") == 1
+def test_a_folder_that_is_not_there_is_refused_at_once_and_no_task_needs_no_process(tmp_path):
+    with pytest.raises(SystemExit, match="No folder nowhere; --tasks-include-path names"):
+        decontamination.find_overlap(("x",), "nowhere", tmp_path / "x.npz")
+    assert decontamination.find_overlap((), "nowhere", tmp_path / "x.npz") is None
+
+
+def refusing_child(names, include_path, path):
+    raise SystemExit(f"{names[0]} cannot be compared.")
+
+
+def killed_child(names, include_path, path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def writing_child(names, include_path, path):
+    words, hashes = ["a", "b"], decontamination.ngram_hashes(hashes_of(["a", "b"]), 2)
+    decontamination.save(path, 2, names, [hashes], [(1, 1, 0, 0)], words)
+
+
+def test_what_the_spawned_child_says_arrives(tmp_path, monkeypatch, capfd):
+    """A refusal as the sentence it is, a kill with the remedy, and the n-grams."""
+    for child, says in (
+        (refusing_child, "1"),
+        (killed_child, "ended by signal 9, most likely out of memory. Free some"),
+    ):
+        monkeypatch.setattr(decontamination, "child_main", child)
+        with pytest.raises(SystemExit, match=says):
+            decontamination.find_overlap(("x",), "", tmp_path / "x.npz")
+    assert capfd.readouterr().err == "x cannot be compared.\n"
+    monkeypatch.setattr(decontamination, "child_main", writing_child)
+    assert decontamination.find_overlap(("x",), "", tmp_path / "x.npz").find(["A, b!"]) == ("x", "a b")
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):
@@ -259,12 +295,14 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
     (tmp_path / "empty.npz").write_bytes(b"")
     np.savez(tmp_path / "other.npz", n=3)
     for name in ("missing", "cut", "text", "empty", "other"):
-        with pytest.raises(SystemExit, match=r"cannot be read .* Write it again with decontamination.py."):
+        with pytest.raises(SystemExit, match=r"cannot be read .* Run prepare_data.py again."):
             decontamination.Overlap(tmp_path / f"{name}.npz")
     with pytest.raises(SystemExit, match="cannot be written"):
         decontamination.save(tmp_path / "text.npz/x.npz", 3, ["a"], [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set())
 
 
 def test_import_needs_no_torch():
-    code = "import sys, decontamination; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    code = (
+        "import sys; from sft.data import decontamination; sys.exit('torch' in sys.modules or 'lm_eval' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,19 +1,23 @@
-"""The demo's own data: enough conversations, in the schemas of their sources, and an evaluation held out from them."""
+"""The demo's own data: enough conversations, in the schemas of their sources, and an evaluation held out from them.
+
+Run it alone: bash tests/run.sh tests/test_demo.py
+"""
 
 import json
 import re
-from pathlib import Path
+
+from helpers import ROOT
 
 import prepare_data
-from sft.data import conversations
+from sft.data import conversations, sources
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+DEMO = ROOT / "demo"
 
 
 def texts_of(source):
     """Return every text of a source's rows, whatever its schema."""
-    lines = (DEMO / source["path"]).read_text(encoding="utf-8").splitlines()
-    reads = conversations.SCHEMAS[source["schema"]][1]
+    lines = (DEMO / source.path).read_text(encoding="utf-8").splitlines()
+    reads = conversations.SCHEMAS[source.schema][1]
     return [[content for _, content in reads(json.loads(line))] for line in lines]
 
 
@@ -23,23 +27,23 @@ def grams(text, size=7):
 
 
 def test_five_sources_hold_more_than_300_conversations_without_duplicates():
-    sources, _ = prepare_data.read_mixture(str(DEMO / "mixture.json"))
-    names = [source["name"] for source in prepare_data.MIXTURE]
-    assert [source["name"] for source in sources] == names
-    assert [source["schema"] for source in sources] == [source["schema"] for source in prepare_data.MIXTURE]
-    rows = [tuple(texts) for source in sources for texts in texts_of(source)]
+    mixture, _ = sources.read_mixture(str(DEMO / "mixture.json"))
+    genesis, _ = sources.read_mixture(prepare_data.MIXTURE)
+    assert [source.name for source in mixture] == [source.name for source in genesis]
+    assert [source.schema for source in mixture] == [source.schema for source in genesis]
+    rows = [tuple(texts) for source in mixture for texts in texts_of(source)]
     assert len(rows) >= 300 and len(set(rows)) == len(rows)
 
 
 def test_the_questions_are_balanced_and_no_training_text_gives_them_away():
-    sources, _ = prepare_data.read_mixture(str(DEMO / "mixture.json"))
-    trained = set().union(*(grams(text) for source in sources for texts in texts_of(source) for text in texts))
+    mixture, _ = sources.read_mixture(str(DEMO / "mixture.json"))
+    trained = set().union(*(grams(text) for source in mixture for texts in texts_of(source) for text in texts))
     for task in ("persona", "general"):
         lines = (DEMO / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines]
         assert len(items) >= 50
-        places = [item["answer"] for item in items]
-        assert all(0.2 < places.count(place) / len(items) < 0.3 for place in range(4))
+        answers = [item["answer"] for item in items]
+        assert all(0.2 < answers.count(index) / len(items) < 0.3 for index in range(4))
         for item in items:
             assert len(set(item["choices"])) == 4
             assert not trained & grams(item["question"]), item

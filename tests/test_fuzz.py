@@ -4,12 +4,9 @@ import datasets
 import fuzz
 import pytest
 
-from sft.data import workers as data_workers
-
 
 def test_no_input_from_outside_ends_in_a_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)  # as they were, for the other tests
-    monkeypatch.setattr(data_workers, "WORK", None)
     fed, failed = fuzz.fuzz(2_000, 7, tmp_path)
     assert fed >= 2_000 and failed == 0, capsys.readouterr().out
 

@@ -11,8 +11,8 @@ import transformers
 from common import GENESIS, genesis_lengths
 from test_sft_v1 import ROOT, sequences, tiny_config, write_base
 
-import prepare_data
 import sft_v1
+from sft.data import writer
 from sft.training import dataloader, hardware, memory_plan
 from sft.training import model as sft_model
 
@@ -120,7 +120,7 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
         table = pa.table(columns)
         with pa.ipc.new_stream(str(folder / "data-00000.arrow"), table.schema) as stream:
             stream.write_table(table)
-        prepare_data.dataset_metadata(folder, 1, table.schema, "x")
+        writer.write_dataset_metadata(folder, 1, table.schema, "x")
     (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     line = [sys.executable, ROOT / "sft_v1.py", "--plan-only", "--base-model", tmp_path / "base"]
     result = subprocess.run([*line, "--data-dir", tmp_path / "data"], capture_output=True, text=True, cwd=tmp_path)

@@ -1,7 +1,7 @@
 """ChatML: the template, the extended tokenizer, and the encoder that places every control token itself.
 
 A conversation is `<|im_start|>role\\ncontent<|im_end|>\\n` per turn. Text is data: whatever it spells, it never becomes
-a control token. Used by prepare_data.py.
+a control token. Used by prepare_data.py; resize_vocab.py and export_hf.py read the special tokens through it.
 """
 
 import itertools
@@ -19,125 +19,136 @@ from sft import hf_folder, system
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
-WORD_CACHE = 200_000  # words
+STOP = CHATML[1]  # what ends a turn, and so generation
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+WORD_CACHE = 200_000  # words that a BPE tokenizer remembers; its default of 10,000 is too few for real text
 
 
 # ==== Tokenizer and template ====
 
 
 def chat_template(adds_bos, train_on_special_tokens, keep_past_thinking):
-    """Return the ChatML template (Jinja), with the generation marks that give `assistant_masks`."""
-    end = "<|im_end|>{% endgeneration %}" if train_on_special_tokens else "{% endgeneration %}<|im_end|>"
-    forget = (
-        "{%- if not keep and loop.index0 < last.user and text.startswith('<think>') and text.count('<think>') == 1 "
-        "and text.count('</think>') == 1 %}{% set text = text.split('</think>')[1] | trim %}{% endif -%}"
-    )
-    return (
-        ("{{- bos_token -}}" if adds_bos else "")
-        + "{%- set last = namespace(user=-1) -%}{%- for message in messages -%}"
-        + "{%- if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif -%}{%- endfor -%}"
-        + "{%- set keep = "
-        + ("true" if keep_past_thinking else "false")
-        + " -%}"
-        + "{%- for message in messages -%}{%- set text = message.content | trim -%}"
-        + "{%- if message.role == 'assistant' -%}"
-        + forget
-        + "{{- '<|im_start|>assistant\\n' -}}{% generation %}{{- text -}}"
-        + end
-        + "{%- else -%}{{- '<|im_start|>' + message.role + '\\n' + text + '<|im_end|>' -}}{%- endif -%}"
-        + "{{- '\\n' -}}{%- endfor -%}"
-        + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-    )
+    """Return the ChatML template (Jinja): the file, with the three settings filled in on its first line."""
+    _, body = TEMPLATE.read_text(encoding="utf-8").split("\n", 1)
+    values = ["true" if value else "false" for value in (adds_bos, train_on_special_tokens, keep_past_thinking)]
+    return f"{{%- set bos, train_im_end, keep_past_thinking = {', '.join(values)} -%}}\n{body}"
 
 
 def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
-    """Return the base tokenizer in `folder` with the missing control tokens appended and the chat template set.
+    """Return (the base tokenizer in `folder` with the missing control tokens and the chat template, adds_bos).
 
-    The tokenizer.json is taken as it is: loading it as its `tokenizer_class` may replace its pre-tokenizer.
-    Raises: SystemExit if there is no readable tokenizer.json.
+    adds_bos: whether the base's tokenizer puts a BOS in front of a text. The tokenizer.json is taken as it is: loading
+    it as its `tokenizer_class` may replace its pre-tokenizer.
+    Raises: SystemExit if there is no readable tokenizer.json and tokenizer_config.json.
     """
     try:
         backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
-        named = hf_folder.token_names(
-            json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8")), folder
-        )
+        config = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
+        names = hf_folder.token_names(config, folder)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SystemExit(
             f"{folder}: no readable tokenizer.json and tokenizer_config.json ({error}). Name the base's folder with "
-            "--base-tokenizer."
+            "--base-model."
         ) from None
-    bos_id = backend.token_to_id(named["bos"]) if named["bos"] else None
+    bos_id = backend.token_to_id(names["bos"]) if names["bos"] else None
     adds_bos = bos_id is not None and backend.encode("a").ids[:1] == [bos_id]
-    named = {name: token or None for name, token in named.items()}  # transformers asks for the id of "" without end
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CHATML])
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in THINK])
     backend.no_truncation()
     backend.no_padding()
     # Padding must differ from <|im_end|>: collators mask the padding token, and the model would never learn to stop.
-    candidates = [named["pad"], named["unk"], named["eos"], CHATML[0]]
-    pad = next(token for token in candidates if token and token != CHATML[1] and backend.token_to_id(token) is not None)
-    return PreTrainedTokenizerFast(
+    candidates = [names["pad"], names["unk"], names["eos"], CHATML[0]]
+    pad = next(token for token in candidates if token and token != STOP and backend.token_to_id(token) is not None)
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=named["bos"],
-        eos_token=CHATML[1],
-        unk_token=named["unk"],
+        bos_token=names["bos"] or None,  # with "", transformers would ask for its id without end
+        eos_token=STOP,
+        unk_token=names["unk"] or None,
         pad_token=pad,
         chat_template=chat_template(adds_bos, train_on_special_tokens, keep_past_thinking),
         clean_up_tokenization_spaces=False,
-    ), adds_bos
+    )
+    return tokenizer, adds_bos
 
 
-def text_state(backend, prefix):
-    """Return the tokenizer.json (dict) of a copy of the `Tokenizer` that knows no control token in text.
+def special_ids(folder, tokenizer):
+    """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
+    config = system.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py")
+    names = hf_folder.token_names(config, folder)
+    ids = {kind: names[kind] and tokenizer.token_to_id(names[kind]) for kind in ("bos", "eos", "pad")}
+    if names["eos"] != STOP or ids["eos"] is None:
+        raise SystemExit(f"{folder} ends turns with {names['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
+    if ids["pad"] in (None, ids["eos"]):
+        raise SystemExit(
+            f"{folder} pads with {names['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
+            "Run prepare_data.py again."
+        )
+    return ids
 
-    prefix: True for text that follows a control token, False for text that goes on after other text: there, nothing
-    may be put in front of it (Metaspace's "▁", a Prepend normalizer, ByteLevel's space).
+
+# ==== A tokenizer for text only ====
+
+
+def text_state(backend, after_control):
+    """Return the tokenizer.json (dict) of a copy of the `Tokenizer` that finds no control token in text.
+
+    after_control: True for text that follows a control token; False for text that follows other text, where nothing may
+    be put in front of it (Metaspace's "▁", a Prepend normalizer, ByteLevel's space).
     """
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         token["special"] |= bool(token["content"].strip())  # encode_special_tokens acts on special tokens only
-
-    def visit(node):
-        if not isinstance(node, dict):
-            return node
-        if node.get("type") == "Metaspace" and (not prefix or node.get("prepend_scheme") == "first"):
-            node["prepend_scheme"] = "never"
-        if node.get("type") == "ByteLevel" and not prefix:
-            node["add_prefix_space"] = False
-        for key in ("normalizers", "pretokenizers"):
-            if key in node:
-                node[key] = [part for part in map(visit, node[key]) if part]
-        return None if node.get("type") == "Prepend" and not prefix else node
-
     if state["model"]["type"] == "Unigram":  # its lattice finds the pieces "<s>" and "</s>" in plain text
-        control = {token["id"] for token in state["added_tokens"]}
+        control_ids = {token["id"] for token in state["added_tokens"]}
         pieces = state["model"]["vocab"]
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] >= len(pieces)]
-        state["model"]["vocab"] = [
-            [f"\U0010fffd{place}\U0010fffd", score] if place in control else [piece, score]
-            for place, (piece, score) in enumerate(pieces)
-        ]
-    state["normalizer"], state["pre_tokenizer"] = visit(state["normalizer"]), visit(state["pre_tokenizer"])
+        for index in control_ids.intersection(range(len(pieces))):
+            pieces[index][0] = f"\U0010fffd{index}\U0010fffd"
+    for part in ("normalizer", "pre_tokenizer"):
+        state[part] = without_prefix(state[part], after_control)
     return state
 
 
-def clone(state):
+def without_prefix(part, after_control):
+    """Return a normalizer or pre-tokenizer (JSON: dict or None) without what it puts in front of a text.
+
+    After a control token only Metaspace's scheme "first" is taken away: to the tokenizer, no text there is the first.
+    """
+    if part is None:
+        return None
+    if part["type"] == "Prepend" and not after_control:
+        return None
+    if part["type"] == "Metaspace" and (not after_control or part.get("prepend_scheme") == "first"):
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel" and not after_control:
+        part["add_prefix_space"] = False
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            children = [without_prefix(child, after_control) for child in part[key]]
+            part[key] = [child for child in children if child]
+    return part
+
+
+def text_tokenizer(state):
     """Return the `Tokenizer` of a text_state()."""
-    copy = Tokenizer.from_str(json.dumps(state))
-    if state["model"]["type"] == "BPE":  # it remembers 10,000 words unless told; real text has more
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    if state["model"]["type"] == "BPE":
         options = {name: value for name, value in state["model"].items() if name != "type" and value is not None}
         options["merges"] = [tuple(pair) for pair in options["merges"]]
-        copy.model = models.BPE(**options, cache_capacity=WORD_CACHE)
-    copy.encode_special_tokens = True
-    return copy
+        tokenizer.model = models.BPE(**options, cache_capacity=WORD_CACHE)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
-def controls(token):
-    """Return whether an added token stands for something; runs of spaces, which some tokenizers add, are text."""
+# ==== Encoder ====
+
+
+def is_control(token):
+    """Return whether an added token has a meaning; runs of spaces, which some tokenizers add, are text."""
     return token.special or bool(token.content.strip())
 
 
-def thinks(content):
+def has_think_block(content):
     """Return whether `content` begins with one well-paired <think> block; any other marker in it is text."""
     return content.startswith(THINK[0]) and all(content.count(marker) == 1 for marker in THINK)
 
@@ -151,31 +162,33 @@ class Encoder:
     def __init__(self, tokenizer, adds_bos, train_on_special_tokens, keep_past_thinking):
         backend = tokenizer.backend_tokenizer
         self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        states = [text_state(backend, prefix) for prefix in (True, False)]
-        self.after_control = clone(states[0])
-        self.after_text = self.after_control if states[0] == states[1] else clone(states[1])
-        added = backend.get_added_tokens_decoder()
-        unknown = tokenizer.unk_token_id  # what text may become: a character that the model does not know
-        self.control = [place for place, token in added.items() if controls(token) and place != unknown]
-        self.is_control = np.zeros(max(len(tokenizer), *self.control) + 1, bool)
-        self.is_control[self.control] = True
-        self.names = [added[place].content for place in self.control]
-        ids = {token: backend.token_to_id(token) for token in CHATML + THINK}
-        self.start, self.end, self.think, self.unthink = ids.values()
-        self.bos = [tokenizer.bos_token_id] if adds_bos else []
         self.train_special, self.keep_past_thinking = train_on_special_tokens, keep_past_thinking
-        *headers, self.newline = (
-            self.after_control.encode(text, add_special_tokens=False).ids
-            for text in ("system\n", "user\n", "assistant\n", "\n")
-        )
-        self.headers = dict(zip(("system", "user", "assistant"), headers, strict=True))
-        array = self.array
-        self.heads = {role: (array([self.start, *header]), False) for role, header in self.headers.items()}
-        self.marks = [(array([self.think]), self.train_special), (array([self.unthink]), self.train_special)]
+        # Two copies: for text that follows a control token and for text that follows text (often the same).
+        states = [text_state(backend, after_control) for after_control in (True, False)]
+        self.after_control = text_tokenizer(states[0])
+        self.after_text = self.after_control if states[0] == states[1] else text_tokenizer(states[1])
+        # The control ids. The unknown token is none: text may become it, where the model lacks a character.
+        added = backend.get_added_tokens_decoder()
+        unknown = tokenizer.unk_token_id
+        control_ids = [token_id for token_id, token in added.items() if is_control(token) and token_id != unknown]
+        self.is_control = np.zeros(max(len(tokenizer), *control_ids) + 1, bool)
+        self.is_control[control_ids] = True
+        self.names = [added[token_id].content for token_id in control_ids]
+        self.start, self.end, self.think, self.unthink = map(backend.token_to_id, CHATML + THINK)
+        self.bos = [tokenizer.bos_token_id] if adds_bos else []
+        # The fixed segments of a turn.
+        self.headers = {role: self.header_ids(f"{role}\n") for role in ("system", "user", "assistant")}
+        newline = self.header_ids("\n")
+        self.heads = {role: (self.array([self.start, *ids]), False) for role, ids in self.headers.items()}
+        self.markers = [(self.array([token_id]), self.train_special) for token_id in (self.think, self.unthink)]
         self.ends = {
-            True: [(array([self.end]), self.train_special), (array(self.newline), False)],
-            False: [(array([self.end, *self.newline]), False)],
+            True: [(self.array([self.end]), self.train_special), (self.array(newline), False)],
+            False: [(self.array([self.end, *newline]), False)],
         }
+
+    def header_ids(self, text):
+        """Return the ids (list) of a piece of the template."""
+        return self.after_control.encode(text, add_special_tokens=False).ids
 
     def array(self, ids):
         """Return `ids` as an array of the smallest unsigned type that holds the vocabulary."""
@@ -187,29 +200,40 @@ class Encoder:
         Returns: for each conversation the list of its turns, or None where text became a control token, which no
         tokenizer known does.
         """
-        texts, plans = ([], []), []  # texts that follow a control token, texts that follow text
-        for turns in batch:
-            last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
-            plans.append([self.plan(role, text, texts, i < last_user) for i, (role, text) in enumerate(turns)])
-        encoded = [self.ids_of(self.after_control, texts[0]), self.ids_of(self.after_text, texts[1])]
-        return [
-            None if self.forged(plan, encoded) else [self.assemble(*turn, encoded) for turn in plan] for plan in plans
-        ]
+        texts = {True: [], False: []}  # follows a control token?: the texts
+        plans = [self.plan(turns, texts) for turns in batch]
+        encoded, forged = {}, {}
+        encoded[True], forged[True] = self.encode_texts(self.after_control, texts[True])
+        encoded[False], forged[False] = self.encode_texts(self.after_text, texts[False])
+        conversations = []
+        for plan in plans:
+            if self.holds_control_id(plan, forged):
+                conversations.append(None)
+            else:
+                conversations.append([self.assemble(*turn, encoded) for turn in plan])
+        return conversations
 
-    def plan(self, role, content, texts, earlier):
-        """Queue the texts of a turn in `texts`; return (role, places in there, whether it is reasoning and answer)."""
-        if role == "assistant" and thinks(content):
-            reasoning, answer = content[len(THINK[0]) :].split(THINK[1])
-            if self.keep_past_thinking or not earlier:
-                texts[0].extend((reasoning, answer))
-                return role, (len(texts[0]) - 2, len(texts[0]) - 1), True
-            content = answer.strip()
-        texts[1].append(content)
-        return role, (len(texts[1]) - 1,), False
+    def plan(self, turns, texts):
+        """Append the texts of a conversation to `texts`; return for each turn (role, thinks, indices).
 
-    def ids_of(self, copy, texts):
-        """Return (list of the ids of each text, set of the places of texts with a control id), encoded by `copy`."""
-        encodings = copy.encode_batch_fast(texts, add_special_tokens=False)
+        thinks: whether the turn is reasoning and answer, two texts; indices: where its texts are in texts[thinks].
+        """
+        last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
+        plan = []
+        for i, (role, content) in enumerate(turns):
+            parts, thinks = [content], False
+            if role == "assistant" and has_think_block(content):
+                reasoning, answer = content[len(THINK[0]) :].split(THINK[1])
+                thinks = self.keep_past_thinking or i > last_user
+                parts = [reasoning, answer] if thinks else [answer.strip()]
+            first = len(texts[thinks])
+            texts[thinks].extend(parts)
+            plan.append((role, thinks, range(first, first + len(parts))))
+        return plan
+
+    def encode_texts(self, tokenizer, texts):
+        """Return (list of the ids of each text, set of the indices of texts with a control id)."""
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         lengths = [len(encoding) for encoding in encodings]
         flat = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
         flat = np.fromiter(flat, self.id_type, sum(lengths))
@@ -217,88 +241,37 @@ class Encoder:
         forged = np.searchsorted(ends, np.flatnonzero(self.is_control[flat]), side="right") - 1
         return [flat[begin:end] for begin, end in itertools.pairwise(ends)], set(forged.tolist())
 
-    def forged(self, plan, encoded):
+    def holds_control_id(self, plan, forged):
         """Return whether any text of the planned turns holds a control id."""
-        return any(place in encoded[not marked][1] for _, places, marked in plan for place in places)
+        return any(index in forged[thinks] for _, thinks, indices in plan for index in indices)
 
-    def assemble(self, role, places, marked, encoded):
+    def assemble(self, role, thinks, indices, encoded):
         """Return the segments of one turn."""
         trained = role == "assistant"
-        segments = [(encoded[not marked][0][place], trained) for place in places]
-        if marked:
-            segments = [self.marks[0], segments[0], self.marks[1], segments[1]]
+        segments = [(encoded[thinks][index], trained) for index in indices]
+        if thinks:
+            segments = [self.markers[0], segments[0], self.markers[1], segments[1]]
         return [self.heads[role], *segments, *self.ends[trained]]
 
     def visible_text(self, role, content):
         """Return `content` without the markers of its own think block: where a control token's name would be text."""
-        if role == "assistant" and thinks(content):
+        if role == "assistant" and has_think_block(content):
             return content.replace(THINK[0], "").replace(THINK[1], "")
         return content
 
 
-def laid(bos, turns):
+# ==== Segments: joining and cutting ====
+
+
+def concatenate(bos, turns):
     """Return one conversation as (ids, mask: bool), arrays [tokens], from its BOS (list of ids) and its turns."""
     segments = [(np.array(bos, turns[0][0][0].dtype), False), *itertools.chain.from_iterable(turns)]
     lengths = [len(ids) for ids, _ in segments]
     return np.concatenate([ids for ids, _ in segments]), np.repeat([trained for _, trained in segments], lengths)
 
 
-def self_test(tokenizer, encoder):
-    """Compare the encoder with the saved tokenizer's own template on edge contents; return a line that says the result.
-
-    Where ids differ it shows why: a piece of the template's that crosses a newline, else the first place that differs.
-    Raises: SystemExit if plain text holds a special token, or if even the generation prompt differs: the model would
-    then be asked in other ids than it learnt.
-    """
-    contents = [
-        "1234567.89",
-        "naïve 😀👍🏽 e\u0301",
-        "def f(x):\n    return x\n\n\n# end",
-        "日本語 中文",
-        "a  b\tc",
-        "<b>",
-    ]
-    header = [encoder.start, *encoder.headers["assistant"]]
-    equal = masks = 0
-    crossing, unexplained = [], []  # what the template has where ids differ: pieces with a newline and more; others
-    for text in contents:
-        turns = [("system", "Be brief."), ("user", text), ("assistant", f"<think>\n{text}\n</think>\n\n{text}")]
-        turns += [("user", f"{text} again"), ("assistant", text)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        encoded = encoder.encode([turns])[0]
-        if encoded is None:
-            raise SystemExit(f"self-test: a special token of the base is plain text: {text!r} holds it.")
-        ids, mask = laid(encoder.bos, encoded)
-        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        if np.array_equal(ids, made["input_ids"]):
-            trainable = encoder.train_special | ~encoder.is_control[ids]
-            equal, masks = equal + 1, masks + np.array_equal(mask, np.array(made["assistant_masks"], bool) & trainable)
-        else:
-            more = [tokenizer.decode([place]) for place in Counter(made["input_ids"]) - Counter(ids.tolist())]
-            crossing += (found := [piece for piece in more if "\n" in piece and piece != "\n"])
-            unexplained += [] if found else [(made["input_ids"], ids.tolist())]
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        if prompt[-len(header) :] != header:
-            raise SystemExit(f"self-test: the generation prompt ends in {prompt[-len(header) :]}, trained is {header}.")
-    line = f"self-test: of {len(contents)} conversations, {equal} have the saved template's ids, {masks} its masks too"
-    if crossing:
-        line += f"; pieces of this tokenizer cross newlines ({crossing[0]!r}), and the generation prompt's ids, which "
-        line += "inference sees, go before"
-    if unexplained:
-        place = next(i for i, pair in enumerate(itertools.zip_longest(*unexplained[0])) if pair[0] != pair[1])
-        theirs, ours = (tokenizer.decode(ids[place : place + 3]) for ids in unexplained[0])
-        line += f"; WARNING: {len(unexplained)} differ although no piece crosses a newline: from token {place} on, the "
-        line += f"template has {theirs!r}, trained is {ours!r}; inference gives earlier turns the template's ids"
-    if masks < equal:
-        line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
-    return line
-
-
-# ==== Cutting ====
-
-
 def length(segments):
-    """Return the number of tokens in a list of segments (ids, trained)."""
+    """Return the number of tokens in a list of segments."""
     return sum(len(ids) for ids, _ in segments)
 
 
@@ -312,48 +285,100 @@ def clip(segments, size):
 
 
 def cut(head, turns, max_seq_len, overflow):
-    """Return (the sequences of one conversation, list of what was lost of it).
+    """Cut one conversation into sequences of at most `max_seq_len` tokens.
 
-    Each sequence is a list of segments (ids, trained) with at most `max_seq_len` tokens, some of them trained; there is
-    none if the conversation does not fit.
+    head: the segments before the first turn (a BOS, or none); turns: list of segments each; overflow: "split",
+    "truncate" or "drop". Splitting keeps exchanges (a user turn and its answer) whole and repeats the system turn; an
+    exchange longer than the window is cut at its end and gets no invented end.
 
-    head: the segments before the first turn (a BOS, or none); turns: list of segments each. Splitting keeps exchanges
-    (a user turn and its answer) whole and repeats the system turn; an exchange longer than the window is cut at its end
-    and gets no invented end.
+    Returns: (sequences, each a list of segments of which some are trained, list of what was lost). There is no sequence
+    if the conversation does not fit.
     """
     if len(turns) % 2:  # questions and answers come in pairs, so the odd one is the system turn
         head, turns = head + turns[0], turns[1:]
-    pieces, sizes = [head], [head_size := length(head)]
+    head_size = length(head)
+    pieces, sizes = [head], [head_size]
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         size = length(question) + length(answer)
         if overflow == "split" and sizes[-1] + size > max_seq_len and len(pieces[-1]) > len(head):
             pieces.append(head)
-            sizes.append(head_size + size)
-        else:
-            sizes[-1] += size
+            sizes.append(head_size)
         pieces[-1] = pieces[-1] + question + answer
-    long = max(sizes) > max_seq_len
-    if long and overflow == "drop":
-        return [], []
-    if long:
+        sizes[-1] += size
+    lost = []
+    if max(sizes) > max_seq_len:
+        if overflow == "drop":
+            return [], []
         pieces = [clip(piece, max_seq_len) for piece in pieces]
+        lost.append("end cut off at the window")
     kept = [piece for piece in pieces if any(trained and len(ids) for ids, trained in piece)]
-    lost = ["end cut off at the window"] if long else []
-    return kept, lost + (["exchange without a trained token in the window left out"] if len(kept) < len(pieces) else [])
+    if len(kept) < len(pieces):
+        lost.append("exchange without a trained token in the window left out")
+    return kept, lost
 
 
-STOP = CHATML[1]
+# ==== Self-test ====
+
+PROBES = ("1234567.89", "naïve 😀👍🏽 e\u0301", "def f(x):\n    return x\n\n\n# end", "日本語 中文", "a  b\tc", "<b>")
 
 
-def special_ids(folder, tokenizer):
-    """Return {"bos" | "eos" | "pad": id or None} of the prepared tokenizer. Raises: SystemExit if it cannot stop."""
-    tokens = hf_folder.token_names(system.read_json(Path(folder) / "tokenizer_config.json", "prepare_data.py"), folder)
-    ids = {kind: tokens[kind] and tokenizer.token_to_id(tokens[kind]) for kind in ("bos", "eos", "pad")}
-    if tokens["eos"] != STOP or ids["eos"] is None:
-        raise SystemExit(f"{folder} ends turns with {tokens['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
-    if ids["pad"] in (None, ids["eos"]):
-        raise SystemExit(
-            f"{folder} pads with {tokens['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
-            "Run prepare_data.py again."
-        )
-    return ids
+def self_test(tokenizer, encoder):
+    """Compare the encoder with the saved tokenizer's own template on edge cases; return a line with the result.
+
+    Where ids differ, the line shows why: a piece of the template that crosses a newline, or else the first token that
+    differs.
+    Raises: SystemExit if plain text holds a special token, or if even the generation prompt differs: inference would
+    then send other ids than the model was trained on.
+    """
+    same_ids = same_masks = 0
+    crossing, unexplained = [], []  # where ids differ: pieces with a newline and more; (template's ids, ours)
+    for text in PROBES:
+        turns = [("system", "Be brief."), ("user", text), ("assistant", f"<think>\n{text}\n</think>\n\n{text}")]
+        turns += [("user", f"{text} again"), ("assistant", text)]
+        encoded = encoder.encode([turns])[0]
+        if encoded is None:
+            raise SystemExit(f"self-test: a special token of the base is plain text: {text!r} holds it.")
+        ids, mask = concatenate(encoder.bos, encoded)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        check_generation_prompt(tokenizer, encoder, messages[:-1])
+        expected = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if np.array_equal(ids, expected["input_ids"]):
+            same_ids += 1
+            trainable = encoder.train_special | ~encoder.is_control[ids]
+            same_masks += np.array_equal(mask, np.array(expected["assistant_masks"], bool) & trainable)
+            continue
+        only_theirs = [tokenizer.decode([i]) for i in Counter(expected["input_ids"]) - Counter(ids.tolist())]
+        over_newline = [piece for piece in only_theirs if "\n" in piece and piece != "\n"]
+        crossing += over_newline
+        if not over_newline:
+            unexplained.append((expected["input_ids"], ids.tolist()))
+    line = f"self-test: of {len(PROBES)} conversations, {same_ids} have the saved template's ids, {same_masks} its "
+    line += "masks too"
+    if crossing:
+        line += f"; pieces of this tokenizer cross newlines ({crossing[0]!r}), and the generation prompt's ids, which "
+        line += "inference sees, go before"
+    if unexplained:
+        line += f"; WARNING: {len(unexplained)} differ although no piece crosses a newline: "
+        line += first_difference(tokenizer, *unexplained[0])
+    if same_masks < same_ids:
+        line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
+    return line
+
+
+def check_generation_prompt(tokenizer, encoder, messages):
+    """Raise SystemExit unless the template's generation prompt ends in the ids that training has there."""
+    trained = [encoder.start, *encoder.headers["assistant"]]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ending = prompt[-len(trained) :]
+    if ending != trained:
+        raise SystemExit(f"self-test: the generation prompt ends in {ending}, trained is {trained}.")
+
+
+def first_difference(tokenizer, theirs, ours):
+    """Return a phrase that shows where two lists of ids part."""
+    index = next(i for i, pair in enumerate(itertools.zip_longest(theirs, ours)) if pair[0] != pair[1])
+    their_text, our_text = (tokenizer.decode(ids[index : index + 3]) for ids in (theirs, ours))
+    return (
+        f"from token {index} on, the template has {their_text!r}, trained is {our_text!r}; inference gives earlier "
+        "turns the template's ids"
+    )

@@ -1,4 +1,4 @@
-"""From the rows of a source to conversations: reading files and hub data, each schema, each row's fate.
+"""From a row of a source to a conversation: each schema, the rules for rejection, the repairs, the duplicates' key.
 
 A row becomes a list of (role, content) that alternates from user to assistant, after at most one system turn, or it is
 rejected with a reason. Used by prepare_data.py.
@@ -7,7 +7,7 @@ rejected with a reason. Used by prepare_data.py.
 import hashlib
 import unicodedata
 
-# ==== What is known ====
+# ==== Schemas and roles ====
 
 SCHEMAS = {  # schema -> (the columns it needs, what makes (role, content) pairs of a row)
     "messages": (("messages",), lambda row: [(turn["role"], turn["content"]) for turn in row["messages"]]),
@@ -15,16 +15,25 @@ SCHEMAS = {  # schema -> (the columns it needs, what makes (role, content) pairs
     "query/response": (("query", "response"), lambda row: [("user", row["query"]), ("assistant", row["response"])]),
     "prompt/response": (("prompt", "response"), lambda row: [("user", row["prompt"]), ("assistant", row["response"])]),
 }
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "model": "assistant"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+}
 TOOL_ROLES = ("tool", "function", "ipython", "function_call", "function_response", "observation", "tool_call")
 
 
 def read_turns(row, source):
-    """Return (raw turns of a row of `source`, None, or the reason why it has none or the source excludes it)."""
+    """Return (raw turns of a row of the Source, None, or the reason why it has none or the source excludes it)."""
     try:
-        turns = SCHEMAS[source["schema"]][1](row)
-        for column, values in source.get("exclude", {}).items():
+        turns = SCHEMAS[source.schema][1](row)
+        for column, values in source.exclude.items():
             if row.get(column) in values:
                 return turns, f"excluded: {column} is {row[column]}"
     except (KeyError, TypeError, AttributeError):
@@ -32,10 +41,10 @@ def read_turns(row, source):
     return turns, None
 
 
-# ==== The fate of a row ====
+# ==== Rules ====
 
 
-def utf8(text):
+def is_utf8(text):
     """Return whether `text` can be written as UTF-8, which a lone surrogate cannot."""
     try:
         text.encode()
@@ -44,7 +53,7 @@ def utf8(text):
     return True
 
 
-REJECTIONS = [  # (reason, predicate of the raw turns); the first that holds is the row's fate
+REJECTIONS = [  # (reason, predicate of the raw turns); a row is rejected for the first that holds
     ("no turns", lambda turns: not turns),
     ("content is not text", lambda turns: not all(isinstance(content, str) for _, content in turns)),
     # Its tokens would take 150 bytes of memory per character; a window holds a hundredth of it.
@@ -52,7 +61,7 @@ REJECTIONS = [  # (reason, predicate of the raw turns); the first that holds is 
     ("role is not text", lambda turns: not all(isinstance(role, str) for role, _ in turns)),
     ("tool turn", lambda turns: any(role in TOOL_ROLES for role, _ in turns)),
     ("unknown role", lambda turns: not all(role in ROLES for role, _ in turns)),
-    ("text is not valid Unicode", lambda turns: not all(utf8(content) for _, content in turns)),
+    ("text is not valid Unicode", lambda turns: not all(is_utf8(content) for _, content in turns)),
     ("system turn in the middle", lambda turns: any(ROLES[role] == "system" for role, _ in turns[1:])),
     ("empty user turn", lambda turns: any(ROLES[role] == "user" and not text.strip() for role, text in turns)),
     ("empty assistant turn", lambda turns: any(ROLES[role] == "assistant" and not t.strip() for role, t in turns)),
@@ -60,7 +69,14 @@ REJECTIONS = [  # (reason, predicate of the raw turns); the first that holds is 
 ]
 
 
-LOSSES = (  # changes that leave text out or move it: they have a line in the ledger
+def reason_to_reject(turns):
+    """Return the first reason of REJECTIONS that holds for the raw turns, or None."""
+    return next((reason for reason, holds in REJECTIONS if holds(turns)), None)
+
+
+# ==== Repairs ====
+
+LOSSES = (  # changes that leave text out or move it: each has a line in rejected.jsonl
     "assistant turn before the first user turn left out",
     "two turns of one role merged",
     "unanswered last user turn left out",
@@ -91,20 +107,26 @@ def repair(turns):
     return repaired, sorted(set(changes))
 
 
+# ==== What identifies a conversation ====
+
+
 def first_words(turns):
-    """Return the beginning of the first turn that is not empty, for the ledger; a lone surrogate becomes "?"."""
-    words = next((shown for _, text in turns if (shown := str(text).strip())), "")
+    """Return the beginning of the first turn that is not empty, for rejected.jsonl; a lone surrogate becomes "?"."""
+    texts = (str(text).strip() for _, text in turns)
+    words = next((text for text in texts if text), "")
     return words[:80].encode("utf-8", "replace").decode()
 
 
-def key(turns, how):
+def duplicate_key(turns, how):
     """Return 16 bytes that two conversations share when they are duplicates.
 
     how: "exact" compares roles and texts; "normalised" leaves out white space, letter case and Unicode's compatibility
     variants (NFKC, then case folding).
     """
     text = "\x1e".join(f"{role}\x1f{content}" for role, content in turns)
-    if how == "exact":
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
-    folded = unicodedata.normalize("NFKC", text).casefold().encode()
-    return hashlib.blake2b(folded.translate(None, b" \t\r\n\f\v"), digest_size=16).digest()
+    if how == "normalised":
+        folded = unicodedata.normalize("NFKC", text).casefold().encode()
+        data = folded.translate(None, b" \t\r\n\f\v")
+    else:
+        data = text.encode()
+    return hashlib.blake2b(data, digest_size=16).digest()

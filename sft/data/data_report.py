@@ -8,41 +8,75 @@ import numpy as np
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerFast
 
+from sft.data import decontamination
+
+COLUMNS = ("read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens")
+
+# ==== report.md ====
+
 
 def markdown(report):
     """Return report.md: the table of the sources, their rejections and changes, and the evaluation's tasks."""
-    columns = ["read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens"]
-    sources = [line | {"repeat": f"{line['source'].get('repeat', 1)}x"} for line in report["sources"]]
-    if any(line["repeat"] != "1x" for line in sources):
+    lines = []
+    if report["limit"]:
+        lines += [f"**LIMIT = {report['limit']:,}: a quick look, not the whole mixture. Don't train on it.**", ""]
+    lines += [*source_table(report), ""]
+    lines += ["trainable: share of the source's tokens; share: of all trainable tokens.", ""]
+    for source in report["sources"]:
+        lines += source_notes(source)
+    lines += ["", *evaluation_table(report)]
+    return "\n".join(lines) + "\n"
+
+
+def source_table(report):
+    """Return the lines of the table of the sources."""
+    columns = list(COLUMNS)
+    if any(source["source"]["repeat"] > 1 for source in report["sources"]):
         columns.insert(3, "repeat")
-    total = report["totals"]["trainable_tokens"]
     names = " | ".join(column.replace("_", " ") for column in columns)
     lines = [f"| source | {names} | trainable | share |", "|---|" + "---:|" * (len(columns) + 2)]
-    for line in [*sources, {"name": "all", "repeat": "", **report["totals"]}]:
-        numbers = " | ".join(line[column] if column == "repeat" else f"{line[column]:,}" for column in columns)
-        percent = line["trainable_tokens"] / line["tokens"]
-        lines.append(f"| {line['name']} | {numbers} | {percent:.1%} | {line['trainable_tokens'] / total:.1%} |")
-    lines += ["", "trainable: share of the source's tokens; share: of all trainable tokens.", ""]
-    for line in report["sources"]:
-        for kind, what in (("reasons", "rejected"), ("changes", "kept, changed")):
-            lines += [f"- {line['name']}: {count:,} {what}: {text}" for text, count in line[kind].items()]
-        if line["control_text"]:
-            lines.append(f"- {line['name']}: {line['control_text']:,} kept, with the name of a control token as text")
+    rows = [source | {"repeat": f"{source['source']['repeat']}x"} for source in report["sources"]]
+    rows.append({"name": "all", "repeat": ""} | report["totals"])
+    for row in rows:
+        cells = [row[column] if column == "repeat" else f"{row[column]:,}" for column in columns]
+        trainable = row["trainable_tokens"] / row["tokens"]
+        share = row["trainable_tokens"] / report["totals"]["trainable_tokens"]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {trainable:.1%} | {share:.1%} |")
+    return lines
+
+
+def source_notes(source):
+    """Return the lines about what was rejected, changed or damaged in one source."""
+    name = source["name"]
+    lines = [f"- {name}: {count:,} rejected: {reason}" for reason, count in source["reasons"].items()]
+    lines += [f"- {name}: {count:,} kept, changed: {change}" for change, count in source["changes"].items()]
+    if source["control_text"]:
+        lines.append(f"- {name}: {source['control_text']:,} kept, with the name of a control token as text")
+    if source["damage"]:
+        lines.append(f"- {name}: the file is damaged: {source['damage']}")
+    return lines
+
+
+def evaluation_table(report):
+    """Return the lines of the table of the evaluation's tasks and the conversations rejected for each."""
     if not report["evaluation"]:
-        return "\n".join([*lines, "", "Not compared with the evaluation's questions (DECONTAMINATE_AGAINST)."]) + "\n"
-    names = [line["name"] for line in report["sources"]]
-    lines += [
+        return ["Not compared with the evaluation's questions (DECONTAMINATE_AGAINST)."]
+    names = [source["name"] for source in report["sources"]]
+    lines = [
+        f"Conversations rejected because they share {decontamination.NGRAM} words in a row with a question of the "
+        "evaluation:",
         "",
-        f"Conversations rejected because they share {report['settings']['DECONTAMINATION_NGRAM']} words in a ",
+        f"| task | questions | too short to compare | {' | '.join(names)} |",
+        "|---|---:|---:|" + "---:|" * len(names),
     ]
-    lines[-1] += "row with a question of the evaluation:"
-    lines += ["", f"| task | questions | too short to compare | {' | '.join(names)} |"]
-    lines += ["|---|---:|---:|" + "---:|" * len(names)]
     for task in report["evaluation"]:
-        hits = [line["reasons"].get(f"contaminated: {task['task']}", 0) for line in report["sources"]]
-        counts = [task["questions"], task["too_short"], *hits]
-        lines.append(f"| {task['task']} | " + " | ".join(f"{count:,}" for count in counts) + " |")
-    return "\n".join(lines) + "\n"
+        hits = [source["reasons"].get(f"contaminated: {task['task']}", 0) for source in report["sources"]]
+        cells = [f"{count:,}" for count in (task["questions"], task["too_short"], *hits)]
+        lines.append(f"| {task['task']} | {' | '.join(cells)} |")
+    return lines
+
+
+# ==== report.png ====
 
 
 def draw(report, path):
@@ -50,21 +84,26 @@ def draw(report, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     lengths, shares = figure.subplots(1, 2, width_ratios=(3, 2))
     bins = len(report["sources"][0]["lengths"])
-    width, below = report["max_seq_len"] / bins, np.zeros(bins)
-    for place, line in enumerate(report["sources"]):
+    width, bottom = report["max_seq_len"] / bins, np.zeros(bins)
+    left = np.zeros(3)
+    for index, source in enumerate(report["sources"]):
+        color = f"C{index}"
         starts = np.arange(bins) * width
-        lengths.bar(starts, line["lengths"], width, below, align="edge", color=f"C{place}", label=line["name"])
-        below += line["lengths"]
+        lengths.bar(starts, source["lengths"], width, bottom, align="edge", color=color, label=source["name"])
+        bottom += source["lengths"]
         for row, column in enumerate(("trainable_tokens", "tokens", "conversations")):
-            share = line[column] / report["totals"][column]
-            left = sum(before[column] for before in report["sources"][:place]) / report["totals"][column]
-            shares.barh(row, share, left=left, color=f"C{place}")
+            share = source[column] / report["totals"][column]
+            shares.barh(row, share, left=left[row], color=color)
             if share > 0.05:
-                shares.text(left + share / 2, row, f"{share:.0%}", ha="center", va="center", color="white")
+                shares.text(left[row] + share / 2, row, f"{share:.0%}", ha="center", va="center", color="white")
+            left[row] += share
     lengths.set(xlabel=f"tokens of a sequence (window {report['max_seq_len']})", ylabel="sequences")
     lengths.legend()
     shares.set(yticks=range(3), yticklabels=("trained tokens", "tokens", "conversations"), xlabel="share by source")
     figure.savefig(path, dpi=120)
+
+
+# ==== Single sequences ====
 
 
 def show(folder, number):
@@ -74,12 +113,11 @@ def show(folder, number):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(folder) / "tokenizer")
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder} holds no finished data ({error}). Run prepare_data.py first.") from None
-    sources = np.array(data["source"])
-    for source in dict.fromkeys(sources.tolist()):
-        for place in np.flatnonzero(sources == source)[:number].tolist():
-            row = data[place]
-            ids, mask = row["input_ids"], np.array(row["assistant_masks"])
-            print(f"\n---- {source}, sequence {place}: {len(ids)} tokens, {mask.sum()} trained ----")
+    names = np.array(data["source"])
+    for name in dict.fromkeys(names.tolist()):
+        for index in np.flatnonzero(names == name)[:number].tolist():
+            ids, mask = data[index]["input_ids"], np.array(data[index]["assistant_masks"])
+            print(f"\n---- {name}, sequence {index}: {len(ids)} tokens, {mask.sum()} trained ----")
             edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
             for begin, end in itertools.pairwise(edges):
                 text = tokenizer.decode(ids[begin:end])

@@ -1,21 +1,18 @@
 """Find training conversations that contain questions of the evaluation.
 
 A conversation overlaps if it shares NGRAM consecutive words with the text of a question and one of its answers. Case,
-punctuation and white space do not count. As a script it writes the questions' n-grams; prepare_data.py looks them up.
-
-Reads   the tasks' own data, through lm_eval: each text as the model will see it, without few-shot examples.
-Writes  OUTPUT: numpy arrays (see `save`).
-
-    python decontamination.py --tasks hellaswag,arc_easy
-    python decontamination.py --tasks demo_persona --include-path demo/tasks --output data/demo_ngrams.npz
+punctuation and white space do not count. The questions come from lm_eval: each text as the model will see it, without
+few-shot examples. Used by prepare_data.py.
 """
 
 import contextlib
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import textwrap
 import unicodedata
 import zipfile
@@ -23,20 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sft import settings
-
-# ---- What is compared ----
-TASKS = ()  # lm_eval's names of tasks, groups or tags
-INCLUDE_PATH = ""  # folder with task definitions of your own; empty: only lm_eval's
-NGRAM = 13  # words that must be shared in a row; 13 as in Brown et al. 2020 (GPT-3), appendix C
-# ---- Files ----
-OUTPUT = "data/evaluation_ngrams.npz"  # file to write; an earlier one is replaced
+from sft import system
 
 # ==== Facts ====
 
+NGRAM = 13  # words in a row shared with a question; 13 as in Brown et al. 2020 (GPT-3), appendix C
 BOILERPLATE = 10  # an n-gram in more questions of a task than this is a formula of its prompts
 COUNTS = ("questions", "ngrams", "too_short", "boilerplate")
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over the words of an n-gram; odd, so no word is shifted out
+WITHOUT = '--decontaminate-against "" (the comparison before/after then proves less)'
 
 
 # ==== Words and n-grams ====
@@ -55,8 +47,8 @@ def word_hash(word):
 def ngram_hashes(hashes, n):
     """Return the uint64 hash of each window of `n` words. hashes: uint64 array of at least `n` word hashes."""
     result = np.zeros(len(hashes) - n + 1, np.uint64)
-    for place in range(n):  # wraps around at 64 bits
-        result = result * BASE + hashes[place : place + len(result)]
+    for offset in range(n):  # wraps around at 64 bits
+        result = result * BASE + hashes[offset : offset + len(result)]
     return result
 
 
@@ -74,9 +66,9 @@ class Overlap:
                 rows = zip(self.tasks, file["counts"].tolist(), strict=True)
                 self.counts = [{"task": task, **dict(zip(COUNTS, row, strict=True))} for task, row in rows]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise SystemExit(f"{path} cannot be read ({error}). Write it again with decontamination.py.") from None
+            raise SystemExit(f"{path} cannot be read ({error}). Run prepare_data.py again.") from None
         self.hash_of = {word: word_hash(word) for word in words}
-        # One look at the hash's first bits rules out most windows: 280 microseconds for 700 words instead of 500,
+        # A first look at the hash's leading bits rules out most windows: 280 microseconds for 700 words instead of 500,
         # because a binary search among 2.7 million n-grams misses the cache at most of its steps.
         self.shift = np.uint64(64 - max(16, len(self.hashes).bit_length() + 4))
         self.maybe = np.zeros(2 ** (64 - int(self.shift)), bool)
@@ -85,23 +77,23 @@ class Overlap:
     def find(self, texts):
         """Look for n-grams of the evaluation in a conversation. texts: list of its turns' texts, taken as one text.
 
-        Returns: (task, the shared words as a string) of the first n-gram found, or None. Equal 64-bit hashes are taken
-        for equal words: wrong once in 6,000 times that 300 million words meet 10 million n-grams.
+        Returns: (task, the shared words as a string) of the first n-gram that is shared, or None. Equal 64-bit hashes
+        are taken for equal words: wrong once in 6,000 times that 300 million words meet 10 million n-grams.
         """
         words = words_of(" ".join(texts))
         if len(words) < self.n:
             return None
         hashes = np.fromiter(map(self.hash_of.get, words, itertools.repeat(0)), np.uint64, len(words))
         unknown = np.cumsum(np.concatenate(([0], hashes == 0)))
-        starts = np.flatnonzero(unknown[self.n :] == unknown[: -self.n])
+        starts = np.flatnonzero(unknown[self.n :] == unknown[: -self.n])  # of windows of known words only
         if not len(starts):
             return None
-        found = ngram_hashes(hashes, self.n)[starts]
-        likely = np.flatnonzero(self.maybe[found >> self.shift])
-        places = np.searchsorted(self.hashes, found[likely])
-        for i, place in zip(likely.tolist(), places.tolist(), strict=True):
-            if place < len(self.hashes) and self.hashes[place] == found[i]:
-                return self.tasks[self.task_of[place]], " ".join(words[starts[i] : starts[i] + self.n])
+        windows = ngram_hashes(hashes, self.n)[starts]
+        likely = np.flatnonzero(self.maybe[windows >> self.shift])
+        positions = np.searchsorted(self.hashes, windows[likely])
+        for i, position in zip(likely.tolist(), positions.tolist(), strict=True):
+            if position < len(self.hashes) and self.hashes[position] == windows[i]:
+                return self.tasks[self.task_of[position]], " ".join(words[starts[i] : starts[i] + self.n])
         return None
 
 
@@ -134,7 +126,7 @@ def task_ngrams(tasks, n, hash_of):
 
     hash_of: dict of word to hash, which gets the words that are new.
     """
-    found, too_short = [], 0
+    per_question, too_short = [], 0
     for texts in itertools.chain.from_iterable(map(question_texts, tasks)):
         windows = [np.empty(0, np.uint64)]
         for words in map(words_of, texts):
@@ -142,10 +134,10 @@ def task_ngrams(tasks, n, hash_of):
                 hash_of.update((word, word_hash(word)) for word in words if word not in hash_of)
                 windows.append(ngram_hashes(np.array([hash_of[word] for word in words], np.uint64), n))
         too_short += len(windows) == 1
-        found.append(np.unique(np.concatenate(windows)))
-    ngrams, questions = np.unique(np.concatenate(found), return_counts=True)
+        per_question.append(np.unique(np.concatenate(windows)))
+    ngrams, questions = np.unique(np.concatenate(per_question), return_counts=True)
     kept = ngrams[questions <= BOILERPLATE]
-    return kept, (len(found), len(kept), too_short, len(ngrams) - len(kept))
+    return kept, (len(per_question), len(kept), too_short, len(ngrams) - len(kept))
 
 
 def save(path, n, names, ngrams, counts, words):
@@ -157,60 +149,94 @@ def save(path, n, names, ngrams, counts, words):
     """
     owners = np.repeat(np.arange(len(names), dtype=np.uint16), [len(part) for part in ngrams])
     hashes, first = np.unique(np.concatenate(ngrams), return_index=True)
-    arrays = {"n": n, "hashes": hashes, "task_of": owners[first], "tasks": np.array(names), "counts": np.array(counts)}
-    arrays["words"] = np.frombuffer("\n".join(sorted(words)).encode(), np.uint8)
-    staging = Path(f"{path}.unfinished")
+    arrays = {
+        "n": n,
+        "hashes": hashes,
+        "task_of": owners[first],
+        "tasks": np.array(names),
+        "counts": np.array(counts),
+        "words": np.frombuffer("\n".join(sorted(words)).encode(), np.uint8),
+    }
+    staging = system.unfinished(path)
     try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
         with staging.open("wb") as file:
             np.savez(file, **arrays)
         staging.replace(path)
     except OSError as error:
-        raise SystemExit(f"{path} cannot be written ({error}). Free disk space, or name another --output.") from None
+        raise SystemExit(f"{path} cannot be written ({error}). Free disk space.") from None
     finally:
         with contextlib.suppress(OSError):
             staging.unlink()
 
 
-# ==== Main ====
+def write_ngrams(names, include_path, path):
+    """Write the n-grams of lm_eval's tasks, groups or tags `names` to the file `path`; print a line for each.
 
-
-def main():
-    """Write the n-grams of TASKS to OUTPUT and print a line per task."""
-    names = list(dict.fromkeys(TASKS))
-    if not names:
-        raise SystemExit("TASKS is empty; name lm_eval's tasks with --tasks, by commas.")
-    if NGRAM < 1:
-        raise SystemExit(f"NGRAM is {NGRAM}; it must be at least 1.")
-    if INCLUDE_PATH and not Path(INCLUDE_PATH).is_dir():
-        raise SystemExit(f"no folder {INCLUDE_PATH}; --include-path names a folder with task definitions.")
-    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    logging.disable(logging.CRITICAL)  # what fails is said below, once
-    from lm_eval.tasks import TaskManager  # takes 10 seconds; prepare_data.py imports this file without it
-
-    manager = TaskManager(include_path=INCLUDE_PATH or None)
+    include_path: folder with more task definitions, or "". Raises: SystemExit with the task that cannot be read.
+    """
+    logging.disable(logging.CRITICAL)  # a failure is reported below, once
+    names = list(dict.fromkeys(names))
     ngrams, counts, hash_of = [], [], {}
-    for name in names:
-        try:
-            if not (known := manager.match_tasks([name])) and not Path(name).is_file():
-                raise ValueError("lm_eval knows no task of this name; --include-path names a folder of your own")
-            found, numbers = task_ngrams(manager.load(known or [name])["tasks"].values(), NGRAM, hash_of)
-        except Exception as error:  # whatever task definitions and data sets raise
-            cause = textwrap.shorten(str(error) if isinstance(error, (OSError, ValueError)) else repr(error), 300)
-            raise SystemExit(
-                f"{name} cannot be compared: {cause.rstrip('.')}. Make it reachable, or go on without it: "
-                '--decontaminate-against "" (the comparison before/after then proves less).'
-            ) from None
-        ngrams.append(found)
-        counts.append(numbers)
-        told = "{:,} questions, {:,} n-grams, {:,} questions too short, {:,} n-grams of boilerplate".format(*numbers)
-        print(f"{name}: {told}", flush=True)
-    save(OUTPUT, NGRAM, names, ngrams, counts, hash_of)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # progress bars of three libraries
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=include_path or None)  # reads 14,000 YAML files: 5 to 15 seconds
+        for name in names:
+            try:
+                known = manager.match_tasks([name])
+                if not known and not Path(name).is_file():
+                    raise ValueError("lm_eval knows no task of this name; TASKS_INCLUDE_PATH names a folder of yours")
+                tasks = manager.load(known or [name])["tasks"].values()
+                task_hashes, numbers = task_ngrams(tasks, NGRAM, hash_of)
+            except Exception as error:  # whatever task definitions and data sets raise
+                cause = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+                cause = textwrap.shorten(cause, 300).rstrip(".")
+                raise SystemExit(
+                    f"{name} cannot be compared: {cause}. Make it reachable, or go on without it: {WITHOUT}."
+                ) from None
+            ngrams.append(task_hashes)
+            counts.append(numbers)
+            line = "{:,} questions, {:,} n-grams, {:,} questions too short, {:,} n-grams of boilerplate"
+            print(f"{name}: {line.format(*numbers)}", flush=True)
+    save(path, NGRAM, names, ngrams, counts, hash_of)
 
 
-if __name__ == "__main__":
-    settings.from_flags(globals())
+# ==== The process that reads the questions ====
+
+
+def find_overlap(names, include_path, path):
+    """Collect the n-grams of the tasks `names` in the file `path`; return the Overlap, or None if there are no tasks.
+
+    In a spawned process: lm_eval would stay in this one's memory, and in that of each worker.
+    Raises: SystemExit if a task cannot be read (the child has printed the sentence) or the child was killed.
+    """
+    if not names:
+        return None
+    if include_path and not Path(include_path).is_dir():
+        raise SystemExit(f"No folder {include_path}; --tasks-include-path names a folder with task definitions.")
+    child = multiprocessing.get_context("spawn").Process(target=child_main, args=(names, include_path, path))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits this: Ctrl-C is left to its parent
     try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("Stopped; nothing was written.") from None
+        child.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        child.join()
+    finally:
+        child.kill()
+        child.join()
+    if child.exitcode < 0:
+        raise SystemExit(
+            f"Reading the evaluation's questions was ended by signal {-child.exitcode}, most likely out of memory. "
+            f"Free some, or go on without them: {WITHOUT}."
+        )
+    if child.exitcode:
+        raise SystemExit(child.exitcode)
+    return Overlap(path)
+
+
+def child_main(names, include_path, path):
+    """The spawned process: write_ngrams, unless its parent ended while it started."""
+    system.leave_to_parent()
+    if multiprocessing.parent_process().is_alive():
+        write_ngrams(names, include_path, path)

@@ -1,5 +1,9 @@
-"""Where the rows of a source come from: JSONL, JSON and Parquet files, and the hub. Used by prepare_data.py."""
+"""The sources of a mixture, and where their rows come from: JSONL, JSON and Parquet files, and the hub.
 
+Used by prepare_data.py.
+"""
+
+import dataclasses
 import errno
 import glob
 import io
@@ -8,58 +12,198 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from sft import system
 from sft.data import conversations
 
-# ==== Reading ====
+# ==== A mixture ====
+
+TEXT_FIELDS = ("path", "hub", "file", "config", "revision", "split")
+AT_LEAST = {"examples": 1, "seed": 0, "repeat": 1}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """One source of the mixture; the fields are explained at MIXTURE in prepare_data.py.
+
+    Raises: TypeError for a missing or unknown field, ValueError for a value that no source can have.
+    """
+
+    name: str
+    schema: str
+    examples: int | str
+    path: str | None = None
+    hub: str | None = None
+    file: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    seed: int = 42
+    repeat: int = 1
+    exclude: dict = dataclasses.field(default_factory=dict)
+    identity_patterns: list | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name or not conversations.is_utf8(self.name):
+            raise ValueError('it needs a "name" of valid text')
+        if (self.path is None) == (self.hub is None):
+            raise ValueError('it needs either "path" or "hub"')
+        for field in TEXT_FIELDS:
+            value = getattr(self, field)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{field} is {value!r}; it must be text")
+        if self.file is not None and (self.hub is None or self.config or self.split):
+            raise ValueError('"file" is a file of a "hub" source and needs no "config" or "split"')
+        if not isinstance(self.schema, str) or self.schema not in conversations.SCHEMAS:
+            raise ValueError(f"it has the schema {self.schema!r}; known are {', '.join(conversations.SCHEMAS)}")
+        if not isinstance(self.exclude, dict) or not all(isinstance(v, list) for v in self.exclude.values()):
+            raise ValueError(f"exclude is {self.exclude!r}; it must be an object of column: [values]")
+        if self.identity_patterns is not None:
+            check_patterns(self.identity_patterns, "identity_patterns")
+        for field, least in AT_LEAST.items():
+            value = getattr(self, field)
+            if field == "examples" and value == "all":
+                continue
+            if type(value) is not int or value < least:  # a bool is an int
+                either = ' or "all"' if field == "examples" else ""
+                raise ValueError(f"{field} is {value!r}; it must be a whole number of at least {least}{either}")
+
+    @property
+    def location(self):
+        """The path of its file or the name of its hub data set, as given in the mixture."""
+        return self.hub if self.path is None else self.path
+
+
+def read_mixture(mixture):
+    """Return (list of Source, folder their paths are relative to). mixture: list of dicts, or a JSON file's path.
+
+    Raises: SystemExit with the source and the field that is wrong.
+    """
+    folder = Path()
+    if isinstance(mixture, str):
+        path = Path(mixture)
+        folder = path.parent
+        try:
+            mixture = json.loads(path.read_text(encoding="utf-8"))
+        except system.JSON_ERRORS as error:
+            raise SystemExit(f"The mixture file {path} cannot be read ({error}). Correct it or --mixture.") from None
+    if not isinstance(mixture, list) or not mixture or not all(isinstance(row, dict) for row in mixture):
+        raise SystemExit(
+            "A mixture must be a non-empty list of sources, each an object with name, path or hub, schema, examples."
+        )
+    known = [field.name for field in dataclasses.fields(Source)]
+    sources = []
+    for number, row in enumerate(mixture, start=1):
+        try:
+            if unknown := sorted(set(row) - set(known)):
+                raise ValueError(f"it has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            sources.append(Source(**row))
+        except (TypeError, ValueError) as error:
+            problem = str(error).removeprefix("Source.__init__() ")
+            raise SystemExit(f"Source {number} of the mixture ({row.get('name')!r}): {problem}.") from None
+    for name, count in Counter(source.name for source in sources).items():
+        if count > 1:
+            raise SystemExit(f"Two sources of the mixture have the name {name!r}. Rename one.")
+    return sources, folder
+
+
+def check_patterns(patterns, name):
+    """Raise ValueError unless `patterns` is a list of regular expressions of RE2. name: of the setting."""
+    if not isinstance(patterns, list | tuple):
+        raise ValueError(f"{name} is {patterns!r}; it must be a list of regular expressions")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not conversations.is_utf8(pattern):
+            raise ValueError(f"{name} is {patterns!r}; it must be a list of regular expressions")
+        try:
+            pc.extract_regex(pa.array([""]), f"(?i)(?P<match>{pattern})")  # refuses plain groups, too: write (?:...)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{name}: {pattern!r} is no regular expression of RE2 ({error})") from None
+
+
+# ==== Rows of a file ====
 
 DECODER, BETWEEN = json.JSONDecoder(), re.compile(r"[, \t\r\n]*")
-UNFINISHED = re.compile(r"[-+.\\\w]*")  # what may stand from an error to the text's end if more text would mend it
+UNFINISHED = re.compile(r"[-+.\\\w]*")  # the text from an error to its end, if more text could mend the error
 LONGEST_ROW = 16 << 20  # characters in a JSON array; without a bound, a lost bracket would take in the whole file
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk is full, or one's share of it
+
+
+@dataclasses.dataclass
+class Damage:
+    """The part of a JSON array that cannot be read: from one of its rows to the end of the file."""
+
+    row: int  # number of the first row that is lost
+    begin: int  # its first byte
+    bytes: int  # from there to the end of the file
+    reason: str  # for rejected.jsonl
+    detail: str  # the byte of the error and what is wrong there
+
+    def __str__(self):
+        return f"from row {self.row} on, {self.bytes:,} bytes are not read ({self.reason}, {self.detail})"
 
 
 class JsonRows:
-    """Random access to the rows of a JSONL file or a JSON array, by byte offsets; any process may read at any time."""
+    """Random access to the rows of a JSONL file or a JSON array, by byte offsets; any process may read at any time.
+
+    damage: the Damage of a JSON array, or None; the damaged part counts as one row, which cannot be read.
+    """
 
     def __init__(self, path):
-        spans, self.broken = (line_spans(path), {}) if path.suffix == ".jsonl" else array_spans(path)
-        self.spans, self.path = np.frombuffer(spans, np.int64).reshape(-1, 2), path
+        self.path, self.damage = path, None
+        if path.suffix == ".jsonl":
+            spans = line_spans(path)
+        else:
+            spans, self.damage = array_spans(path)
+        if self.damage:
+            spans.extend((self.damage.begin, self.damage.begin + self.damage.bytes))
+            print(f"WARNING: {path}: {self.damage}. Get the whole file again if you need them.", file=sys.stderr)
+        self.spans = np.frombuffer(spans, np.int64).reshape(-1, 2)
         self.file = path.open("rb", buffering=0)
 
     def __len__(self):
         return len(self.spans)
 
     def take(self, numbers):
-        """Return for each row number (the row, None) or (None, (reason, what was found, first words)).
+        """Return for each row number (the row, None) or (None, (reason, detail, first words)) if it cannot be read.
 
         Raises: SystemExit if the file cannot be read.
         """
-        return [self.read(number, *self.spans[number].tolist()) for number in numbers]
+        return [self.read(number) for number in numbers]
 
-    def read(self, number, begin, end):
-        reason, found = self.broken.get(number, (None, ""))
-        try:  # no file position: forked processes would share it
-            data = os.pread(self.file.fileno(), min(80, end - begin) if reason else end - begin, begin)
+    def read(self, number):
+        """Return one row as `take` does."""
+        begin, end = self.spans[number].tolist()
+        if self.damage and number == self.damage.row:
+            start = self.read_bytes(begin, min(80, end - begin))
+            return None, (self.damage.reason, self.damage.detail, start.decode("utf-8", "replace"))
+        data = self.read_bytes(begin, end - begin)
+        try:
+            return json.loads(data.decode()), None
+        except UnicodeDecodeError:
+            reason = "row is not valid UTF-8"
+        except system.JSON_ERRORS:
+            reason = "row is not valid JSON"
+        return None, (reason, "", data[:80].decode("utf-8", "replace"))
+
+    def read_bytes(self, begin, size):
+        """Return `size` bytes of the file. Raises: SystemExit if they cannot be read."""
+        try:
+            return os.pread(self.file.fileno(), size, begin)  # no file position: forked processes would share it
         except OSError as error:
             raise SystemExit(f"{self.path} cannot be read at byte {begin:,} ({error}). Check its disk.") from None
-        if not reason:
-            try:
-                return json.loads(data.decode()), None
-            except UnicodeDecodeError:
-                reason = "row is not valid UTF-8"
-            except (ValueError, RecursionError):
-                reason = "row is not valid JSON"
-        return None, (reason, found, data[:80].decode("utf-8", "replace"))
 
 
 class ArrowRows:
     """Random access to the rows of a `datasets.Dataset`, which lies memory-mapped on the disk."""
+
+    damage = None  # a damaged Parquet file is not opened at all
 
     def __init__(self, dataset):
         self.dataset = dataset.with_format("arrow")
@@ -74,8 +218,8 @@ class ArrowRows:
         except (ValueError, OverflowError) as error:  # what reads Parquet checks neither text nor dates
             if len(numbers) > 1:
                 return [self.take([number])[0] for number in numbers]
-            text = isinstance(error, UnicodeDecodeError)
-            return [(None, ("row is not valid UTF-8" if text else "row has a value out of range", "", ""))]
+            not_utf8 = isinstance(error, UnicodeDecodeError)
+            return [(None, ("row is not valid UTF-8" if not_utf8 else "row has a value out of range", "", ""))]
 
 
 def line_spans(path):
@@ -90,12 +234,42 @@ def line_spans(path):
 
 
 def array_spans(path, chunk=1 << 18):
-    """Find the elements of the JSON array in the file `path`, which is read in a stream.
+    """Find the elements of the JSON array in the file `path`, which is read in a stream, `chunk` characters at a time.
 
-    Returns: (begin and end of each in bytes, {number of one that cannot be decoded: (reason, what was found)}). What
-    cannot be decoded counts as one row, up to where an object begins with the first row's first key or the file ends;
-    this warns of it. Raises: SystemExit if there is no array.
+    Returns: (begin and end of each element in bytes, Damage or None). What stands before damage is kept; nothing behind
+    it is read. Raises: SystemExit if there is no array.
     """
+    spans, byte = array("q"), array_start(path)
+    with path.open("rb") as raw:
+        raw.seek(byte)
+        file = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
+        text, index, at_end = "", 0, False  # text[index] is the file's `byte`
+        while True:
+            begin = BETWEEN.match(text, index).end()
+            end, error, open_ended = decode_element(text, begin)
+            if open_ended and not at_end and len(text) - index < LONGEST_ROW:
+                text, index = text[index:], 0
+                more = file.read(max(chunk, len(text)))  # doubling: a huge row is not decoded again for every chunk
+                text, at_end = text + more, not more
+                continue
+            first = byte + size_in_bytes(text[index:begin])
+            if error:
+                break
+            index, byte = end, first + size_in_bytes(text[begin:end])
+            spans.extend((first, byte))
+        if text.startswith("]", begin):
+            if not (text[begin + 1 :] + file.read(chunk)).strip():
+                return spans, None
+            end, error = begin + 1, "text behind the array's end"
+    reason = "row is not valid JSON"
+    if open_ended:
+        reason = "truncated file" if at_end else "longer than a million characters"
+    detail = f"byte {first + size_in_bytes(text[begin:end])}: {error}"
+    return spans, Damage(len(spans) // 2, first, path.stat().st_size - first, reason, detail)
+
+
+def array_start(path):
+    """Return the byte behind the "[" of the JSON array in the file `path`. Raises: SystemExit if there is none."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
     opening = re.match(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[", head)
@@ -104,81 +278,22 @@ def array_spans(path, chunk=1 << 18):
             f"{path}: expected a JSON array of rows, found {head[:20].decode('utf-8', 'replace')!r}. Name a .jsonl "
             "file as such."
         )
-    first = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("(?:[^"\\]|\\.)*")').match(head, opening.end())
-    start = first and re.compile(rb"\{[ \t\r\n]*" + re.escape(first[1]) + rb"[ \t\r\n]*:")
-    spans, broken, position, size = array("q"), {}, opening.end(), path.stat().st_size
-    while damage := read_elements(path, position, spans, chunk):
-        begin, place, reason, message = damage
-        position = (start and find_bytes(path, start, begin + 1)) or size
-        if position < size and reason == "truncated file":
-            reason = "row is not valid JSON"  # it goes on
-        broken[len(spans) // 2] = reason, f"byte {place}: {message}"
-        spans.extend((begin, position))
-        if position == size:
-            break
-    if broken:
-        lost = sum(spans[2 * row + 1] - spans[2 * row] for row in broken)
-        number, (reason, found) = next(iter(broken.items()))
-        print(
-            f"WARNING: {path}: {lost:,} of its {size:,} bytes are no readable JSON and are left out. They count as "
-            f"{len(broken):,} of its {len(spans) // 2:,} rows; the first is row {number} ({reason}, {found}). Get the "
-            "whole file again if you need them.",
-            file=sys.stderr,
-        )
-    return spans, broken
+    return opening.end()
 
 
-def read_elements(path, position, spans, chunk):
-    """Add the elements of a JSON array to `spans`, from the byte `position` of the file `path` on.
+def decode_element(text, begin):
+    """Try to decode the JSON value that begins at the index `begin` of `text`.
 
-    Returns: None at the array's end, or what cannot be decoded: (byte where it begins, byte of the error, reason, what
-    the error says).
+    Returns: (index of its end or of the error, the error's message or None, whether more text could change that).
     """
-    with path.open("rb") as raw:
-        raw.seek(position)
-        file = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
-        buffer, place, more = "", 0, True  # `place` in the buffer is the byte `position` of the file
-        while True:
-            begin, error = BETWEEN.match(buffer, place).end(), None
-            try:
-                end = DECODER.raw_decode(buffer, begin)[1]
-                open_ended = end == len(buffer)  # a number may go on
-            except json.JSONDecodeError as caught:
-                error, end = caught.msg, caught.pos
-                open_ended = error.startswith("Unterminated") or bool(UNFINISHED.fullmatch(buffer, end))
-            except (ValueError, RecursionError) as caught:  # a number of over 4,300 digits, a thousand brackets
-                error, end, open_ended = str(caught), begin, False
-            if open_ended and more and len(buffer) - place < LONGEST_ROW:
-                buffer, place = buffer[place:], 0
-                more = file.read(max(chunk, len(buffer)))  # doubling: a huge row is not decoded again for every chunk
-                buffer += more
-                continue
-            first = position + size_in_bytes(buffer[place:begin])
-            if not error:
-                place, position = end, first + size_in_bytes(buffer[begin:end])
-                spans.extend((first, position))
-            elif not buffer.startswith("]", begin):
-                reason = "row is not valid JSON"
-                if open_ended:
-                    reason = "truncated file" if not more else "longer than a million characters"
-                return first, first + size_in_bytes(buffer[begin:end]), reason, error
-            elif (buffer[begin + 1 :] + file.read(chunk)).strip():
-                return first, first + 1, "row is not valid JSON", "text behind the array's end"
-            else:
-                return None
-
-
-def find_bytes(path, pattern, position):
-    """Return where `pattern` (a compiled expression) matches next in the file `path`, in bytes, or None."""
-    with path.open("rb") as file:
-        file.seek(position)
-        data = b""
-        while more := file.read(1 << 18):
-            position, data = position - len(data[-1000:]), data[-1000:] + more  # a match may lie across two reads
-            if found := pattern.search(data):
-                return position + found.start()
-            position += len(data)
-    return None
+    try:
+        end = DECODER.raw_decode(text, begin)[1]
+    except json.JSONDecodeError as error:
+        open_ended = error.msg.startswith("Unterminated") or bool(UNFINISHED.fullmatch(text, error.pos))
+        return error.pos, error.msg, open_ended
+    except system.JSON_ERRORS as error:  # a number of over 4,300 digits, a thousand brackets
+        return begin, str(error), False
+    return end, None, end == len(text)  # a number may go on
 
 
 def size_in_bytes(text):
@@ -186,79 +301,107 @@ def size_in_bytes(text):
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
 
 
-def find_source(source, folder):
-    """Find the file or hub data of a source without reading its rows; relative paths start from `folder`.
+# ==== Where a source is ====
 
-    Returns: (a function that opens the rows, an object with a length and `take`; facts, a dict that differs when the
-    rows do, with the hub's commit or files under "revision").
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk or the quota is full
+
+
+def find_source(source, folder):
+    """Find the file or hub data of a Source without reading its rows; relative paths start from `folder`.
+
+    Returns: (a function that opens the rows, an object with a length, `take` and `damage`; the fingerprint, a dict that
+    differs when the rows do, with the hub's commit or files under "revision").
     Raises: SystemExit if the file, the hub or a column is missing.
     """
-    columns = [*conversations.SCHEMAS[source["schema"]][0], *source.get("exclude", {})]
-    revision = None
-    if "path" in source:
-        path = folder / source["path"]
+    if source.path is not None:
+        path = folder / source.path
         if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            raise SystemExit(f"{source['name']}: no file {path}. Put it there or change the source's path.")
-    elif "file" in source:  # as it lies on the hub: `datasets` would hold a JSON array of 2 GB in memory
-        asked = {"repo_id": source["hub"], "filename": source["file"], "revision": source.get("revision")}
-        path = Path(fetch(source, lambda: huggingface_hub.hf_hub_download(**asked, repo_type="dataset")))
-        revision = path.parents[len(Path(source["file"]).parts) - 1].name
-    else:
-        asked = {"name": source.get("config"), "split": source.get("split", "train")}
-        asked["revision"] = source.get("revision")
-        rows = with_columns(source, fetch(source, lambda: datasets.load_dataset(source["hub"], **asked)), columns)
-        revision = sorted(rows.info.download_checksums or ())
-        return lambda: ArrowRows(rows), {"rows": len(rows), "revision": revision}
+            raise SystemExit(f"{source.name}: no file {path}. Put it there or change the source's path.")
+        return find_file(source, path, revision=None)
+    if source.file is not None:  # as it lies on the hub: `datasets` would hold a JSON array of 2 GB in memory
+        path = Path(fetch(source, lambda: download_file(source)))
+        commit = path.parents[len(Path(source.file).parts) - 1].name
+        return find_file(source, path, commit)
+    rows = with_columns(source, fetch(source, lambda: load_hub(source)))
+    revision = sorted(rows.info.download_checksums or ())
+    return lambda: ArrowRows(rows), {"rows": len(rows), "revision": revision}
+
+
+def find_file(source, path, revision):
+    """Return what find_source does for a file. revision: the hub's commit that it is from, or None."""
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise SystemExit(f"{source['name']}: {path} is no .jsonl, .json or .parquet file.")
-    facts = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
+        raise SystemExit(f"{source.name}: {path} is no .jsonl, .json or .parquet file. Convert it to one of them.")
+    fingerprint = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
     if path.suffix != ".parquet":
-        return lambda: json_rows(source, path), facts
-    rows = fetch(source, lambda: datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train"))
-    rows = with_columns(source, rows, columns)
-    return lambda: ArrowRows(rows), facts
+        return lambda: open_json(source, path), fingerprint
+    rows = with_columns(source, fetch(source, lambda: load_parquet(path)))
+    return lambda: ArrowRows(rows), fingerprint
 
 
-def json_rows(source, path):
-    """Return the JsonRows of a local file. Raises: SystemExit if it cannot be read or lacks a column to exclude by."""
+def download_file(source):
+    """Return the path (str) of one file of a hub data set in the hub's cache."""
+    return huggingface_hub.hf_hub_download(
+        repo_id=source.hub, filename=source.file, revision=source.revision, repo_type="dataset"
+    )
+
+
+def load_hub(source):
+    """Return the `datasets.Dataset` of a hub source."""
+    split = source.split or "train"
+    return datasets.load_dataset(source.hub, name=source.config, split=split, revision=source.revision)
+
+
+def load_parquet(path):
+    """Return the `datasets.Dataset` of a local Parquet file."""
+    return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
+
+
+def open_json(source, path):
+    """Return the JsonRows of a file. Raises: SystemExit if it cannot be read or lacks a column to exclude by."""
     rows = fetch(source, lambda: JsonRows(path))
-    missing = set(source.get("exclude", ()))  # rows may lack it, but not all of them
+    missing = set(source.exclude)  # rows may lack it, but not all of them
     for number in range(len(rows)):
         if not missing:
             break
-        row, _ = rows.take([number])[0]
-        missing -= set(row if isinstance(row, dict) else ())
+        row, _ = rows.read(number)
+        if isinstance(row, dict):
+            missing -= set(row)
     if missing:
-        raise SystemExit(f'{source["name"]}: no row of {path} has {min(missing)!r}, a column of its "exclude".')
+        raise SystemExit(f'{source.name}: no row of {path} has {min(missing)!r}, a column of its "exclude".')
     return rows
 
 
+def with_columns(source, rows):
+    """Return the `datasets.Dataset` with only the source's columns. Raises: SystemExit if one is missing."""
+    columns = [*conversations.SCHEMAS[source.schema][0], *source.exclude]
+    for column in columns:
+        if column not in rows.column_names:
+            raise SystemExit(
+                f"{source.name}: {source.location} has no column {column}; it has {', '.join(rows.column_names)}."
+            )
+    return rows.select_columns(columns)
+
+
 def fetch(source, load):
-    """Return load()'s result. Raises: SystemExit, with the source and the remedy, if it cannot be had."""
+    """Return load()'s result. Raises: SystemExit, with the source and the remedy, if it fails."""
     try:
         return load()
     except Exception as error:  # the hub client, `datasets` and pyarrow each raise their own
-        chain = [error]
-        while chain[-1].__cause__:
-            chain.append(chain[-1].__cause__)
-        full = next((e for e in chain if getattr(e, "errno", None) in FULL or "enough disk space" in str(e)), None)
+        causes = [error]
+        while causes[-1].__cause__:
+            causes.append(causes[-1].__cause__)
+        full = next((cause for cause in causes if means_full(cause)), None)
         if full:
+            problem = full
             remedy = f"Free disk space: the hub's cache {huggingface_hub.constants.HF_HOME} (HF_HOME) takes a copy."
-        elif "path" in source:
-            remedy = "Check that the file is whole and that you may read it."
+        elif source.path is not None:
+            problem, remedy = causes[-1], "Check that the file is whole and that you may read it."
         else:
-            remedy = 'Check the network and the name, or download it and give its "path".'
-        where, told = source.get("path") or source["hub"], full or (error if "hub" in source else chain[-1])
-        raise SystemExit(
-            f"{source['name']}: {where} cannot be read ({type(told).__name__}: {str(told)[:200]}). {remedy}"
-        ) from None
+            problem, remedy = error, 'Check the network and the name, or download it and give its "path".'
+        message = f"{type(problem).__name__}: {str(problem)[:200]}"
+        raise SystemExit(f"{source.name}: {source.location} cannot be read ({message}). {remedy}") from None
 
 
-def with_columns(source, rows, columns):
-    """Return the `datasets.Dataset` with only `columns`. Raises: SystemExit if one is missing."""
-    if missing := [column for column in columns if column not in rows.column_names]:
-        where = source.get("path") or source["hub"]
-        raise SystemExit(
-            f"{source['name']}: {where} has no column {missing[0]}; it has {', '.join(rows.column_names)}."
-        )
-    return rows.select_columns(columns)
+def means_full(error):
+    """Return whether an exception says that the disk is full."""
+    return getattr(error, "errno", None) in FULL or "enough disk space" in str(error)
