@@ -70,9 +70,7 @@ MIXTURE = [  # the sources; as a flag, the path of a JSON file with such a list
 VALIDATION_CONVERSATIONS = 100  # per source, on top of its examples; of "all" every tenth, up to this number
 LIMIT = 0  # for a quick look: train on at most this many conversations per source (a tenth of it validates); 0 = all
 # ---- What is rejected, besides rows that cannot be used ----
-DEDUPLICATE = (
-    "normalised"  # later copies, in any source: "normalised" ignores case, white space, NFKC | "exact" | "off"
-)
+DEDUPLICATE = "normalised"  # reject later copies: "normalised" ignores case, white space, NFKC | "exact" | "off"
 IDENTITY_PATTERNS = (  # regular expressions (RE2, any letter case) of answers by an assistant that is another model
     r"\b(?:developed|created|trained|made|built|designed) by (?:OpenAI|Anthropic)\b",
     r"\b(?:I am|I['’]m|my name is) (?:called )?(?:ChatGPT|GPT-?[345]|Claude|Gemini|Llama|Alpaca|Vicuna|Qwen|Tulu)\b",
@@ -87,16 +85,14 @@ TASKS_INCLUDE_PATH = ""  # folder with your own task definitions, lm_eval's --in
 # ---- Sequences ----
 MAX_SEQ_LEN = 2048  # tokens; the base's context
 OVERFLOW = "split"  # longer conversations: "split" at turn boundaries | "truncate" at the end | "drop"
-TRAIN_ON_SPECIAL_TOKENS = (
-    True  # train on the closing <|im_end|> and the think markers; without, no model learns to stop
-)
+TRAIN_ON_SPECIAL_TOKENS = True  # on the closing <|im_end|> and the think markers; else no model learns to stop
 KEEP_PAST_THINKING = True  # keep <think> blocks of earlier answers; False drops them and trains on the bare answers
 # ---- Speed ----
 WORKERS = 0  # processes that read and encode; 0 = one per core
 # ---- A look at the result ----
 SHOW = 0  # print this many finished sequences per source of DATA_DIR and stop; 0 = prepare
 
-# ==== Facts ====
+# ==== Constants ====
 
 CHOICES = {"OVERFLOW": ("split", "truncate", "drop"), "DEDUPLICATE": ("normalised", "exact", "off")}
 AT_LEAST = {"MAX_SEQ_LEN": 16, "VALIDATION_CONVERSATIONS": 1, "LIMIT": 0, "WORKERS": 0, "SHOW": 0}
