@@ -184,9 +184,9 @@ def test_counts(overlap):
     ],
 )
 def test_a_question_is_found(overlap, task, texts):
-    found = overlap.find(texts)
-    assert found is not None and found[0] == task
-    assert len(found[1].split()) == 13 and found[1] in " ".join(decontamination.words_of(" ".join(texts)))
+    match = overlap.find(texts)
+    assert match is not None and match[0] == task
+    assert len(match[1].split()) == 13 and match[1] in " ".join(decontamination.words_of(" ".join(texts)))
 
 
 @pytest.mark.parametrize(

@@ -429,7 +429,7 @@ def test_a_second_run_into_one_folder_and_a_killed_worker_are_a_sentence(three, 
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command_of(tmp_path, small_tokenizer_dir, "out"), capture_output=True, text=True)
     while any(Path("/proc", worker, "stat").read_text().split()[2] == "R" for worker in crew):
-        time.sleep(0.5)  # until each is held up in the middle of an answer
+        time.sleep(0.5)  # until each waits in the middle of an answer
     for worker in crew:
         os.kill(int(worker), signal.SIGKILL)
     first.send_signal(signal.SIGCONT)
