@@ -6,9 +6,10 @@ Writes  models/base/: config, generation_config, safetensors in the checkpoint's
 
     python import_base.py --checkpoint pretrain/step_040000 --tokenizer pretrain/tokenizer.model
 
-The model's shape stands below. The two ways to lay out rotary pairs in a head, halves (Hugging Face) and neighbours
-(Meta), cannot be told from the file: the model is measured on plain text both ways, and the better one is kept. A
-model that cannot read is refused. Skip this step if the base is a Hugging Face folder already.
+The tensors show the vocabulary, the width, the layers and the size of the MLP; the settings below give what they do not
+show. A file does not say which of two ways it lays out the rotary pairs in a head, halves (Hugging Face) or neighbours
+(Meta), either: the script measures the model on plain text both ways and keeps the better one. A model that cannot read
+ends with an error. Skip this step if the base is a Hugging Face folder already.
 """
 
 import json
@@ -30,15 +31,11 @@ from sft.evaluation import reading_check
 
 # ---- Files ----
 CHECKPOINT = "pretrain/step_040000"  # DCP folder | torch.save file | .safetensors file or a folder of them
-TOKENIZER = "pretrain/tokenizer.model"  # SentencePiece file | tokenizer.json; a tokenizer_config.json beside it is read
-OUTPUT_DIR = "models/base"  # folder to write; it must not hold anything yet
-# ---- The model's shape: Genesis 1B ----
-VOCAB_SIZE = 49_152  # rows of the embedding
-HIDDEN_SIZE = 1536  # width of the residual stream
-LAYERS = 32  # blocks
-HEADS = 12  # query heads; HIDDEN_SIZE / HEADS is the width of a head
+TOKENIZER = "pretrain/tokenizer.model"  # SentencePiece file | tokenizer.json; tokenizer_config.json next to it is read
+BASE_MODEL = "models/base"  # folder to write; it must not hold anything yet
+# ---- What the tensors do not show: Genesis 1B ----
+HEADS = 12  # query heads; the model's width / HEADS is the width of a head
 KV_HEADS = 6  # key and value heads
-INTERMEDIATE_SIZE = 4736  # width of SwiGLU
 ROPE_THETA = 500_000.0  # base of the rotary frequencies; plain text hardly shows a wrong one
 RMS_NORM_EPS = 1e-5  # added under the root of the norms; Meta's is 1e-5
 CONTEXT = 2048  # tokens, the length it was trained on
@@ -47,7 +44,7 @@ ADD_BOS = True  # a tokenizer.model: put the BOS in front of a text, as pretrain
 BOS_TOKEN = "<s>"  # of a tokenizer.json without tokenizer_config.json; "" for none
 EOS_TOKEN = "</s>"  # likewise: the token that ends a document
 # ---- Proof ----
-EXPECTED_LOSS = 1.93  # nats per token at the end of pretraining, to be compared with; 0 = unknown
+EXPECTED_LOSS = 1.93  # nats per token at the end of pretraining, to compare with; 0 = unknown
 IGNORE = ("inv_freq", "freqs_cis", "freqs_cos", "freqs_sin", "mask")  # last parts of names that hold no weights
 
 # ==== Names ====
@@ -73,13 +70,29 @@ def hugging_face_name(name):
     core = re.sub(r"^(model\.)+", "", name)
     if core in ("output.weight", hf_folder.HEAD):
         return hf_folder.HEAD
-    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+?)", core.removesuffix(".weight")).groups(default="")
-    return f"model.{layer}{META.get(part, part)}.weight" if core.endswith(".weight") else name
+    if not core.endswith(".weight"):
+        return name
+    layer, part = re.fullmatch(r"(layers\.\d+\.)?(.*)", core.removesuffix(".weight")).groups(default="")
+    return f"model.{layer}{META.get(part, part)}.weight"
 
 
-# ==== Reading: {(state, name): shape and dtype}, and a function that reads some of them ====
+def layer_of(name):
+    """Return the layer in the Hugging Face name of a weight of a Llama's layer, as digits, or None for another name."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+    return match[1] if match and match[2] in META.values() else None
 
-PICKLED = {  # all that the `.metadata` of a DCP folder is made of, beside the dtypes
+
+def is_llama_name(name):
+    """Return whether a Hugging Face Llama has a weight `name`."""
+    return name in (hf_folder.EMBEDDING, "model.norm.weight", hf_folder.HEAD) or layer_of(name) is not None
+
+
+# ==== Reading a checkpoint ====
+#
+# A tensor's key is (group, name): group is the dotted path of the dict that holds it, "" at the top. Each function that
+# opens a checkpoint returns its entries, {key: (shape, dtype)}, and a function that reads the tensors of some keys.
+
+PICKLED = {  # all that the `.metadata` of a DCP folder consists of, besides the dtypes
     "torch.distributed.checkpoint.metadata": (
         "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex "
         "StorageMeta _MEM_FORMAT_ENCODING"
@@ -97,9 +110,9 @@ class MetadataUnpickler(pickle.Unpickler):
     """Reads a `.metadata` that someone else wrote: a pickle may name any function to run, this one may not."""
 
     def find_class(self, module, name):
-        if name in PICKLED.get(module, "").split() or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
+        if name in PICKLED.get(module, "").split():
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP metadata needs")
 
@@ -120,235 +133,369 @@ class ForeignReader(dcp.FileSystemReader):
         return metadata
 
 
+def check_sizes(folder, metadata):
+    """Raise SystemExit if a file of the DCP `folder` is missing or shorter than its `Metadata` says."""
+    expected = {}
+    for stored in metadata.storage_data.values():
+        end = stored.offset + stored.length
+        expected[stored.relative_path] = max(expected.get(stored.relative_path, 0), end)
+    for name, size in expected.items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if actual < size:
+            raise SystemExit(
+                f"{folder} is half-written: its file {name} has {actual:,} bytes of {size:,}. Choose another."
+            )
+
+
 def open_dcp(folder):
     """Return (entries, read) of a DCP folder. Raises: SystemExit if a file is missing or cut short."""
     reader = ForeignReader(str(folder))
     metadata = reader.read_metadata()
-    ends = {}
-    for place in metadata.storage_data.values():
-        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-    for name, end in ends.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if size < end:
-            raise SystemExit(
-                f"{folder} is half-written: its file {name} has {size:,} bytes of {end:,}. Choose another."
-            )
+    check_sizes(folder, metadata)
     paths = metadata.planner_data or {}
-    keys = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        if hasattr(entry, "size"):
-            *state, name = paths.get(key, (key,))
-            keys[".".join(map(str, state)), str(name)] = key
-    stored = {place: metadata.state_dict_metadata[key] for place, key in keys.items()}
+    stored_names, entries = {}, {}
+    for stored_name, entry in metadata.state_dict_metadata.items():
+        if not hasattr(entry, "size"):
+            continue  # not a tensor
+        *group, name = paths.get(stored_name, (stored_name,))
+        key = ".".join(map(str, group)), str(name)
+        stored_names[key] = stored_name
+        entries[key] = entry.size, entry.properties.dtype
 
-    def read(places):
-        tensors = {keys[p]: torch.empty(stored[p].size, dtype=stored[p].properties.dtype) for p in places}
+    def read(keys):
+        tensors = {stored_names[key]: torch.empty(entries[key][0], dtype=entries[key][1]) for key in keys}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # one process is what is meant
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # it is meant to be one process
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-        return {p: tensors[keys[p]] for p in places}
+        return {key: tensors[stored_names[key]] for key in keys}
 
-    return {p: (entry.size, entry.properties.dtype) for p, entry in stored.items()}, read
+    return entries, read
 
 
-def flattened(value, state=""):
-    """Yield ((state, name), tensor) of nested dicts; `state` is the dotted path of a tensor's dict."""
+def flattened(value, group=""):
+    """Yield ((group, name), tensor) of nested dicts."""
     for name, part in value.items():
         if isinstance(part, dict):
-            yield from flattened(part, f"{state}.{name}".lstrip("."))
+            yield from flattened(part, f"{group}.{name}".lstrip("."))
         elif isinstance(part, torch.Tensor):
-            yield (state, str(name)), part
+            yield (group, str(name)), part
 
 
 def open_files(path):
     """Return (entries, read) of a torch.save file, which may run no code, or of safetensors."""
-    parts = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not parts:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
         raise SystemExit(f"{path} has neither .metadata nor *.safetensors: its save never finished, or it is no model.")
-    held = {}
-    for file in parts:
+    tensors = {}
+    for file in files:
         try:
             if file.suffix == ".safetensors":
-                held |= {("", name): tensor for name, tensor in load_file(file).items()}
+                tensors |= {("", name): tensor for name, tensor in load_file(file).items()}
             else:
                 content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                held |= dict(flattened(content if isinstance(content, dict) else {}))
+                tensors |= dict(flattened(content if isinstance(content, dict) else {}))
         except Exception as error:  # torch, pickle, zipfile and safetensors raise their own
             raise SystemExit(f"{file} cannot be read ({str(error).splitlines()[0]}). Choose another one.") from None
-    entries = {place: (part.shape, part.dtype) for place, part in held.items()}
-    return entries, lambda places: {place: held[place] for place in places}
+    entries = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+    return entries, lambda keys: {key: tensors[key] for key in keys}
 
 
-def choose(entries, expected, ignore, checkpoint):
-    """Return {Hugging Face name: place in the checkpoint} of the weights in `entries`.
+# ==== Names and shapes ====
 
-    expected: {name: shape}; ignore: last parts of names that hold no weights. The weights are where most names fit; the
-    optimizer and other state beside them are left out.
-    Raises: SystemExit with the full list of names that do not fit, are missing, or have another shape.
+
+def find_weights(entries, ignore, checkpoint):
+    """Return {Hugging Face name: [its keys in the checkpoint]} of the group with the most names of a Llama.
+
+    ignore: last parts of names that hold no weights. The optimizer and other groups next to the weights are left out.
+    Raises: SystemExit if there is no tensor with a name.
     """
-    states = {}
-    for state, name in entries:
+    groups = {}
+    for group, name in entries:
         if name.rpartition(".")[2] not in ignore:
-            states.setdefault(state, {}).setdefault(hugging_face_name(name), []).append((state, name))
-    if not states:
+            groups.setdefault(group, {}).setdefault(hugging_face_name(name), []).append((group, name))
+    if not groups:
         raise SystemExit(f"{checkpoint} holds no tensors with names. Name the checkpoint of the model.")
-    fitting = {state: (len(names.keys() & expected.keys()), state.endswith("model")) for state, names in states.items()}
-    found = states[max(fitting, key=fitting.get)]
-    problems = [f"twice: {', '.join(name for _, name in places)}" for places in found.values() if len(places) > 1]
-    problems += [f"unmatched: {places[0][1]}" for name, places in found.items() if name not in expected]
-    # Without a head of its own the model is tied.
-    problems += [f"missing: {name}" for name in expected if name not in found and name != hf_folder.HEAD]
-    for name in expected.keys() & found.keys():
-        shape, dtype = entries[found[name][0]]
-        if shape != expected[name] or not dtype.is_floating_point:
-            problems.append(f"shape: {found[name][0][1]} {[*shape]} {dtype} there, {[*expected[name]]} here")
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise SystemExit(
-            f"{checkpoint} does not fit the shape at the top of import_base.py. Correct the shape, or name the state's "
-            f"own names in IGNORE. All {len(problems)} differences:\n  {listed}"
-        )
-    return {name: places[0] for name, places in found.items()}
+
+    def rank(group):
+        return sum(is_llama_name(name) for name in groups[group]), group.endswith("model")
+
+    return groups[max(groups, key=rank)]
 
 
-# ==== Model and tokenizer ====
+def shape_of(name, candidates, entries):
+    """Return the shape of the tensor with the Hugging Face name `name`, or () if there is none."""
+    return entries[candidates[name][0]][0] if name in candidates else ()
 
 
-def make_config(run):
-    """Return the LlamaConfig of the settings `run`. Raises: SystemExit if they are no shape."""
-    head, rest = divmod(run["HIDDEN_SIZE"], max(1, run["HEADS"]))
-    if min(run[name] for name in ("VOCAB_SIZE", "LAYERS", "HEADS", "KV_HEADS", "INTERMEDIATE_SIZE", "CONTEXT")) < 1:
-        raise SystemExit("every number of the model's shape must be at least 1.")
-    if rest or head % 2 or run["HEADS"] % run["KV_HEADS"]:
-        raise SystemExit("HIDDEN_SIZE must be HEADS times an even number, and HEADS a multiple of KV_HEADS.")
+def read_shape(candidates, entries, checkpoint):
+    """Return what the tensors show of the model's shape, as keyword arguments of LlamaConfig.
+
+    candidates: from `find_weights`. Raises: SystemExit, with all names, without an embedding or an MLP to read it from.
+    """
+    gates = [name for name in candidates if name.endswith(".mlp.gate_proj.weight")]
+    gate = gates[0] if gates else "model.layers.0.mlp.gate_proj.weight"
+    shapes = {}
+    for name in (hf_folder.EMBEDDING, gate):
+        shapes[name] = shape_of(name, candidates, entries)
+        if len(shapes[name]) != 2 or 0 in shapes[name]:
+            defect = f"has the shape {[*shapes[name]]}" if name in candidates else "is missing"
+            listed = "\n  ".join(sorted(key[1] for keys in candidates.values() for key in keys))
+            raise SystemExit(
+                f"{checkpoint} does not show the shape of a Llama: {name} {defect}. Name the checkpoint of a Llama, "
+                f"with Hugging Face's or Meta's names. All names there:\n  {listed}"
+            )
+    vocab_size, hidden_size = shapes[hf_folder.EMBEDDING]
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len({layer_of(name) for name in candidates} - {None}),
+        "intermediate_size": shapes[gate][0],
+    }
+
+
+def check_settings(args):
+    """Raise SystemExit for a number of heads or a context that no model has."""
+    for name in ("HEADS", "KV_HEADS", "CONTEXT"):
+        if args[name] < 1:
+            raise SystemExit(f"{name} is {args[name]}; it must be at least 1.")
+    if args["HEADS"] % args["KV_HEADS"]:
+        raise SystemExit(f"HEADS is {args['HEADS']}; it must be a multiple of KV_HEADS, which is {args['KV_HEADS']}.")
+
+
+def make_config(shape, args):
+    """Return the LlamaConfig of the `shape` that the tensors show and the settings `args`."""
+    width, heads = shape["hidden_size"], args["HEADS"]
+    if width % heads or width // heads % 2:
+        raise SystemExit(f"HEADS is {heads}; the model's width, {width}, must be HEADS times an even number.")
     return LlamaConfig(
-        vocab_size=run["VOCAB_SIZE"],
-        hidden_size=run["HIDDEN_SIZE"],
-        num_hidden_layers=run["LAYERS"],
-        num_attention_heads=run["HEADS"],
-        num_key_value_heads=run["KV_HEADS"],
-        intermediate_size=run["INTERMEDIATE_SIZE"],
-        rope_parameters={"rope_theta": run["ROPE_THETA"], "rope_type": "default"},
-        rms_norm_eps=run["RMS_NORM_EPS"],
-        max_position_embeddings=run["CONTEXT"],
+        **shape,
+        num_attention_heads=heads,
+        num_key_value_heads=args["KV_HEADS"],
+        rope_parameters={"rope_theta": args["ROPE_THETA"], "rope_type": "default"},
+        rms_norm_eps=args["RMS_NORM_EPS"],
+        max_position_embeddings=args["CONTEXT"],
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
     )
 
 
-def read_tokenizer(path, run):
-    """Return (`Tokenizer`, {"bos_token" and so on: its name}) of a tokenizer.model or tokenizer.json."""
+def expected_shapes(config):
+    """Return {name: shape} of the weights of a Llama with this `config` and a head of its own."""
+    with torch.device("meta"):
+        return {name: part.shape for name, part in LlamaForCausalLM(config).named_parameters()}
+
+
+def heads_hint(candidates, entries, config):
+    """Return a sentence with the ratio of HEADS to KV_HEADS that the key matrix of layer 0 shows, if it is another one.
+
+    A key matrix has width * KV_HEADS / HEADS rows. Returns "" if the ratio is right or the rows show none.
+    """
+    width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    rows, *_ = shape_of("model.layers.0.self_attn.k_proj.weight", candidates, entries) or [0]
+    if rows == 0 or width % rows or rows == width // heads * kv_heads:
+        return ""
+    return (
+        f"Its k_proj has {rows} rows at a width of {width}, so HEADS must be {width // rows} times KV_HEADS; they are "
+        f"{heads} and {kv_heads}. "
+    )
+
+
+def match_names(candidates, entries, config, checkpoint):
+    """Return {Hugging Face name: its key} of all weights of a Llama with this `config`.
+
+    candidates: from `find_weights`. A head may be missing: the model is then tied.
+    Raises: SystemExit with the full list of names that do not fit, are missing, or have another shape.
+    """
+    expected = expected_shapes(config)
+    problems = []
+    for name, keys in candidates.items():
+        stored_name, (shape, dtype) = keys[0][1], entries[keys[0]]
+        if len(keys) > 1:
+            problems.append(f"twice: {', '.join(stored_name for _, stored_name in keys)}")
+        if name not in expected:
+            problems.append(f"unmatched: {stored_name}")
+        elif shape != expected[name] or not dtype.is_floating_point:
+            problems.append(f"shape: {stored_name} {[*shape]} {dtype} there, {[*expected[name]]} expected")
+    for name in expected:
+        if name not in candidates and name != hf_folder.HEAD:
+            problems.append(f"missing: {name}")
+    if problems:
+        listed = "\n  ".join(sorted(problems))
+        hint = heads_hint(candidates, entries, config)
+        raise SystemExit(
+            f"{checkpoint} is not the Llama that its embedding, its MLP and the settings describe. {hint}Correct "
+            f"--heads and --kv-heads, or name what holds no weights in --ignore. All {len(problems)} differences:\n"
+            f"  {listed}"
+        )
+    return {name: keys[0] for name, keys in candidates.items()}
+
+
+def read_weights(read, names, checkpoint):
+    """Return {Hugging Face name: tensor}, all in the widest of their dtypes.
+
+    read: from `open_dcp` or `open_files`; names: from `match_names`. Raises: SystemExit if a value is not finite.
+    """
+    try:
+        tensors = read(list(names.values()))
+    except (Exception, dcp.CheckpointException) as error:
+        raise SystemExit(f"{checkpoint} cannot be read ({error}). Choose another one.") from None
+    dtype = max((tensor.dtype for tensor in tensors.values()), key=lambda dtype: dtype.itemsize)
+    weights = {name: tensors[key].to(dtype) for name, key in names.items()}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise SystemExit(f"{checkpoint}: {name} is not finite. Choose an earlier checkpoint.")
+    return weights
+
+
+# ==== Tokenizer ====
+
+
+def read_tokenizer(path, args):
+    """Return (`Tokenizer`, {"bos_token" and so on: its text}) of a tokenizer.model or tokenizer.json."""
     if not path.is_file():
         raise SystemExit(f"{path} is missing. Name the tokenizer.model or tokenizer.json with --tokenizer.")
     if path.suffix == ".json":
         tokenizer = hf_folder.load_tokenizer(path.parent)
-        names = {"bos_token": run["BOS_TOKEN"] or None, "eos_token": run["EOS_TOKEN"]}
+        names = {"bos_token": args["BOS_TOKEN"], "eos_token": args["EOS_TOKEN"]}
         if (path.parent / "tokenizer_config.json").is_file():
             config = system.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
             names = {f"{kind}_token": token for kind, token in hf_folder.token_names(config, path.parent).items()}
     else:
-        tokenizer, names = sentencepiece_tokenizer.convert(
-            path, run["ADD_BOS"], reading_check.PASSAGE.read_text("utf-8")
-        )
+        text = reading_check.PASSAGE.read_text("utf-8")
+        tokenizer, names = sentencepiece_tokenizer.convert(path, args["ADD_BOS"], text)
     names = {kind: token for kind, token in names.items() if token}
     if unknown := [f"{kind} {token!r}" for kind, token in names.items() if tokenizer.token_to_id(token) is None]:
         raise SystemExit(f"{path} has no {', '.join(unknown)}. Name its own with --bos-token and --eos-token.")
     if "eos_token" not in names:
         raise SystemExit(f"{path} names no token that ends a document. Name it with --eos-token.")
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    if size > run["VOCAB_SIZE"]:
-        raise SystemExit(f"{path} has {size:,} tokens, VOCAB_SIZE is {run['VOCAB_SIZE']:,}: it is another model's.")
     return tokenizer, names
 
 
-def other_layout(weight, heads):
+def check_vocabulary(tokenizer, rows, path):
+    """Raise SystemExit if the `tokenizer`, from the file `path`, has ids beyond the `rows` of the embedding."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if size > rows:
+        raise SystemExit(f"{path} has {size:,} tokens, the model's embedding {rows:,} rows: it is another model's.")
+
+
+def write_tokenizer(tokenizer, names, token_ids, context, folder):
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`.
+
+    names: from `read_tokenizer`; token_ids: {"bos_token_id" | "eos_token_id": id or None}; context: tokens.
+    """
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    text = json.dumps(config | names, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    GenerationConfig(**token_ids).save_pretrained(folder)
+
+
+# ==== Rotary layout ====
+
+
+def swap_layout(weight, heads):
     """Return a query or key matrix [heads * width, hidden] from neighbours (Meta) to halves (Hugging Face)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def to_halves(state, config):
-    """Return the `state` {name: tensor} with every query and key matrix changed from neighbours to halves."""
+def to_halves(weights, config):
+    """Return `weights` {name: tensor} with every query and key matrix changed from neighbours to halves."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    kinds = {name: name.split(".")[-2] for name in state}
-    return {n: other_layout(part, heads[kinds[n]]) if kinds[n] in heads else part for n, part in state.items()}
+    changed = {}
+    for name, tensor in weights.items():
+        kind = name.split(".")[-2]
+        changed[name] = swap_layout(tensor, heads[kind]) if kind in heads else tensor
+    return changed
 
 
-def write(state, config, folder):
-    """Write `state` {name: tensor} as safetensors, and its config, into `folder`."""
-    huggingface_hub.save_torch_state_dict({name: part.contiguous() for name, part in state.items()}, folder)
+def write_model(weights, config, folder):
+    """Write `weights` {name: tensor} as safetensors, and their config, into `folder`."""
+    huggingface_hub.save_torch_state_dict({name: part.contiguous() for name, part in weights.items()}, folder)
     config.save_pretrained(folder)
 
 
-def write_tokenizer(tokenizer, names, ids, context, folder):
-    """Write tokenizer.json, tokenizer_config.json and generation_config.json into `folder`."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
-    config |= {"clean_up_tokenization_spaces": False} | names
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    GenerationConfig(**ids).save_pretrained(folder)
+def load_written(folder):
+    """Return (model in float32, tokenizer) of the folder that was just written."""
+    model = hf_folder.load_model(folder, "Correct the settings of import_base.py.", torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
-def better_layout(state, config, folder):
-    """Return (`state` in the rotary layout in which the model reads better, what was measured), written on the way."""
-    write(state, config, folder)
-    model, tokenizer = hf_folder.load_model(folder, "", torch.float32), AutoTokenizer.from_pretrained(folder)
-    halves, changed = reading_check.loss(model, tokenizer), to_halves(state, config)
-    model.load_state_dict(changed, strict=False)
-    neighbours = reading_check.loss(model, tokenizer)
-    told = f"{halves:.2f} nats per token read as halves, {neighbours:.2f} as neighbours"
-    if neighbours < halves:
-        return changed, f"{told}: neighbours, permuted to halves"
-    return state, f"{told}: halves"
+def choose_layout(weights, config, folder):
+    """Return (`weights` in the rotary layout in which the model reads better, line with both losses).
+
+    folder: holds the tokenizer already; the model is written into it on the way.
+    """
+    write_model(weights, config, folder)
+    model, tokenizer = load_written(folder)
+    halves_loss = reading_check.loss(model, tokenizer)
+    changed = to_halves(weights, config)
+    model.load_state_dict(changed, strict=False)  # a tied head is not among them
+    neighbours_loss = reading_check.loss(model, tokenizer)
+    line = f"rotary pairs: {halves_loss:.2f} nats per token read as halves, {neighbours_loss:.2f} as neighbours"
+    if neighbours_loss < halves_loss:
+        return changed, f"{line}: neighbours, permuted to halves"
+    return weights, f"{line}: halves"
 
 
 # ==== Main ====
 
 
-def main(run):
-    """Import as the settings `run` (dict) say."""
+def report(args, config, weights, left_out, tokenizer):
+    """Print what was written. left_out: number of tensors of the checkpoint that are not among the `weights`."""
+    parameters = sum(part.numel() for part in weights.values())
+    line = (
+        f"{args['CHECKPOINT']} -> {args['BASE_MODEL']}: {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size:,}, {len(weights)} tensors, {parameters:,} parameters in {config.dtype}, "
+        f"{'tied' if config.tie_word_embeddings else 'untied'}; {left_out} other tensors left out"
+    )
+    if rows := config.vocab_size - tokenizer.get_vocab_size():
+        line += f"; {rows:,} rows without a token"
+    print(line)
+
+
+def main(args):
+    """Import as the settings `args` (dict) say."""
     transformers.utils.logging.disable_progress_bar()
-    checkpoint, output = Path(CHECKPOINT), Path(OUTPUT_DIR)
-    system.refuse_unless_empty(output, "--output-dir")
-    config = make_config(run)
-    tokenizer, names = read_tokenizer(Path(TOKENIZER), run)
+    checkpoint, output = Path(args["CHECKPOINT"]), Path(args["BASE_MODEL"])
+    system.refuse_unless_empty(output, "--base-model")
+    check_settings(args)
+    tokenizer, names = read_tokenizer(Path(args["TOKENIZER"]), args)
     if not checkpoint.exists():
         raise SystemExit(f"{checkpoint} does not exist. Name the pretraining checkpoint with --checkpoint.")
-    entries, read = (open_dcp if (checkpoint / ".metadata").is_file() else open_files)(checkpoint)
-    with torch.device("meta"):
-        expected = {name: part.shape for name, part in LlamaForCausalLM(config).named_parameters()}
-    places = choose(entries, expected, IGNORE, checkpoint)
-    try:
-        tensors = read(list(places.values()))
-    except (Exception, dcp.CheckpointException) as error:
-        raise SystemExit(f"{checkpoint} cannot be read ({error}). Choose another one.") from None
-    dtype = max((entries[place][1] for place in places.values()), key=lambda dtype: dtype.itemsize)
-    state = {name: tensors[place].to(dtype) for name, place in places.items()}
-    if wrong := [name for name, part in state.items() if not part.isfinite().all()]:
-        raise SystemExit(f"{checkpoint}: {wrong[0]} is not finite. Choose an earlier checkpoint.")
-    tied = torch.equal(state.get(hf_folder.HEAD, state[hf_folder.EMBEDDING]), state[hf_folder.EMBEDDING])
+    open_checkpoint = open_dcp if (checkpoint / ".metadata").is_file() else open_files
+    entries, read = open_checkpoint(checkpoint)
+    candidates = find_weights(entries, args["IGNORE"], checkpoint)
+    config = make_config(read_shape(candidates, entries, checkpoint), args)
+    keys = match_names(candidates, entries, config, checkpoint)
+    check_vocabulary(tokenizer, config.vocab_size, args["TOKENIZER"])
+    weights = read_weights(read, keys, checkpoint)
+    embedding = weights[hf_folder.EMBEDDING]
+    tied = torch.equal(weights.get(hf_folder.HEAD, embedding), embedding)
     if tied:
-        state.pop(hf_folder.HEAD, None)
-    ids = {f"{kind}_token_id": tokenizer.token_to_id(names.get(f"{kind}_token", "")) for kind in ("bos", "eos")}
-    config.update(ids | {"tie_word_embeddings": tied, "dtype": str(dtype).removeprefix("torch.")})
+        weights.pop(hf_folder.HEAD, None)
+    token_ids = {f"{kind}_token_id": tokenizer.token_to_id(names.get(f"{kind}_token", "")) for kind in ("bos", "eos")}
+    config.update(token_ids | {"tie_word_embeddings": tied, "dtype": str(embedding.dtype).removeprefix("torch.")})
 
-    with system.staged(output, "--output-dir") as staging:
-        write_tokenizer(tokenizer, names, ids, CONTEXT, staging)
-        state, told = better_layout(state, config, staging)
-        write(state, config, staging)
-        nats = reading_check.loss(
-            hf_folder.load_model(staging, "", torch.float32), AutoTokenizer.from_pretrained(staging)
+    with system.staged(output, "--base-model") as staging:
+        write_tokenizer(tokenizer, names, token_ids, args["CONTEXT"], staging)
+        weights, line = choose_layout(weights, config, staging)
+        print(line)
+        write_model(weights, config, staging)
+        line, reads = reading_check.verdict(
+            reading_check.loss(*load_written(staging)), config.vocab_size, args["EXPECTED_LOSS"]
         )
-        line, reads = reading_check.verdict(nats, VOCAB_SIZE, EXPECTED_LOSS)
-        print(f"rotary pairs: {told}\n{line}")
+        print(line)
         if not reads:
-            raise SystemExit(f"{checkpoint}: this model cannot read; nothing was written. {reading_check.CAUSES}")
-    count, rows = sum(part.numel() for part in state.values()), VOCAB_SIZE - tokenizer.get_vocab_size()
-    print(
-        f"{CHECKPOINT} -> {OUTPUT_DIR}: {len(state)} tensors, {count:,} parameters in {config.dtype}, "
-        f"{'tied' if tied else 'untied'}; {len(entries) - len(places)} other tensors left out"
-        + (f"; {rows:,} rows without a token" if rows else "")
-    )
+            raise SystemExit(
+                f"{checkpoint}: this model cannot read; nothing was written. {reading_check.CAUSES} HEADS and KV_HEADS "
+                "that are both wrong by the same factor fit the tensors and show only here."
+            )
+    report(args, config, weights, len(entries) - len(keys), tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,112 @@
 #!/usr/bin/env bash
-# Measure a model folder with lm_eval, before or after fine-tuning, and show what changed.
+# Measure a model folder with lm_eval, before or after fine-tuning, and report what changed.
 #
-#   bash run_eval.sh before            the base model, as it was before its vocabulary was resized
-#   bash run_eval.sh after             the fine-tuned model; then the before/after report (compare_evals.py)
-#   bash run_eval.sh NAME MODEL_DIR    any other model folder, under its own name
+#   bash run_eval.sh before              the base model, as it was before its vocabulary was resized
+#   bash run_eval.sh after               the fine-tuned model; then the before/after report and the export's model card
+#   bash run_eval.sh NAME MODEL_DIR      any other model folder, under its own name
+#   bash run_eval.sh compare [NAME...]   write report and card again; each NAME is the same recipe with another seed
 #
-# Reads a Hugging Face model folder. Writes OUTPUT/NAME/: for each task lm_eval's results and every answered question,
-# and run.json, the facts that lm_eval does not record. A folder OUTPUT/NAME exists only when its run finished; until
-# then finished tasks stand in OUTPUT/.NAME.unfinished, and the same command goes on after them. With CHAT_TEMPLATE=1
-# NAME becomes NAME-chat. This file holds the settings; the work is in measure.py.
-# Every setting below can be given in the environment: LIMIT=20 DEVICE=cpu bash run_eval.sh before
+# Reads a Hugging Face model folder. Writes EVAL_RESULTS/NAME/: for each task lm_eval's results and every answered
+# question, and run.json, the settings and versions that lm_eval does not record. The folder EVAL_RESULTS/NAME exists
+# only when its run finished. Until then finished tasks are in EVAL_RESULTS/NAME.unfinished, and the same command
+# continues after them. With CHAT_TEMPLATE=1, NAME becomes NAME-chat.
+# Set any of these in the environment: LIMIT=20 DEVICE=cpu bash run_eval.sh before
 set -euo pipefail
 
-# ---- Models ----
-BEFORE_MODEL=${BEFORE_MODEL:-models/base}      # the "before" model folder
-AFTER_MODEL=${AFTER_MODEL:-exports/sft_v1}     # the "after" model folder, written by export_hf.py
-RESIZED_MODEL=${RESIZED_MODEL:-checkpoints/base}   # "before" where chat markers are needed, written by resize_vocab.py
-# ---- What is measured ----
-SEVEN=hellaswag,piqa,winogrande,arc_easy,arc_challenge,lambada_openai,mmlu
-CHAT_TEMPLATE=${CHAT_TEMPLATE:-0}   # 1: a second pass through the model's chat template, beside the first
+# ---- Folders ----
+BASE_MODEL=${BASE_MODEL:-models/base}            # the "before" model
+EXPORT_DIR=${EXPORT_DIR:-exports/sft_v1}         # the "after" model, written by export_hf.py; its card gets the report
+RESIZED_MODEL=${RESIZED_MODEL:-models/resized}   # "before" where chat markers are needed, written by resize_vocab.py
+DATA_DIR=${DATA_DIR-data/sft_v1}                 # for the check after training (assistant_check.py); empty: none
+EVAL_RESULTS=${EVAL_RESULTS:-eval-results}       # results are in EVAL_RESULTS/NAME, the report in EVAL_RESULTS
+# ---- What to measure ----
+SEVEN=mmlu,hellaswag,piqa,winogrande,arc_easy,arc_challenge,lambada_openai   # the longest first, for several devices
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-0}   # 1: a second pass, through the model's chat template
 [ "$CHAT_TEMPLATE" != 1 ] || SEVEN+=,ifeval
-TASKS=${TASKS:-$SEVEN}              # lm_eval's names, by commas; the chat pass follows verifiable instructions too
-INCLUDE_PATH=${INCLUDE_PATH:-}      # a folder with task definitions of your own; empty: only lm_eval's
-FEWSHOT=${FEWSHOT:-}                # solved examples before each question; empty: each task's own number (these seven: 0)
+TASKS=${TASKS:-$SEVEN}              # lm_eval's names, comma-separated; the chat pass adds verifiable instructions
+INCLUDE_PATH=${INCLUDE_PATH:-}      # a folder with your own task definitions; empty: only lm_eval's
+FEWSHOT=${FEWSHOT:-}                # solved examples before each question; empty: as the task has it (these seven: 0)
 LIMIT=${LIMIT:-}                    # questions per task for a quick look, or their share below 1; empty: all of them
-ASSISTANT_DATA=${ASSISTANT_DATA-data/sft_v1}   # of the built-in check after training (assistant_check.py); empty: none
 ASSISTANT_FLAGS=${ASSISTANT_FLAGS:-}   # further flags of assistant_check.py, such as "--answers 20"
 CHECK_READING=${CHECK_READING:-1}   # 0: measure even a model that cannot read plain text
 # ---- How ----
-DEVICE=${DEVICE:-gpus}              # gpus: all there are | cpu | cuda:N; several by commas take a task each, side by side
+DEVICE=${DEVICE:-gpus}              # gpus: all of them | cpu | cuda:N; each of several, comma-separated, takes a task
 DTYPE=${DTYPE:-bfloat16}            # of the weights; the same for before and after
 BATCH_SIZE=${BATCH_SIZE:-auto:2}    # auto:N looks for the largest batch N times; scores move a little with it
 SEEDS=${SEEDS:-0,1234,1234,1234}    # Python's, numpy's, torch's, and that of the solved examples
 MODEL_ARGS=${MODEL_ARGS:-}          # further lm_eval model arguments, such as max_length=2048,add_bos_token=True
-# ---- Where ----
-OUTPUT=${OUTPUT:-eval-results}      # results stand in OUTPUT/NAME, the comparison in OUTPUT
 
 refuse() { echo "run_eval.sh: $*" >&2; exit 1; }
 
-[ "$CHAT_TEMPLATE" != 1 ] || BEFORE_MODEL=$RESIZED_MODEL
+# Run a command that ends when this script does, however that ends, and wait for it.
+attended() { setpriv --pdeathsig KILL "$@" 9>&- & wait $!; }
+
+# What happens before and after lm_eval: sft/evaluation/run_eval.py. $1: start | finish | compare
+suite() {
+    PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
+        attended "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$@"
+}
+
+# Measure the task $1 on the device $2. The task's folder gets its name when all results are written.
+evaluate() {
+    local unfinished=$STAGING/$1.unfinished options=()
+    [ -z "$INCLUDE_PATH" ] || options+=(--include_path "$INCLUDE_PATH")
+    [ -z "$FEWSHOT" ] || options+=(--num_fewshot "$FEWSHOT")
+    [ -z "$LIMIT" ] || options+=(--limit "$LIMIT")
+    [ "$CHAT_TEMPLATE" = 0 ] || options+=(--apply_chat_template)
+    rm -rf "$unfinished"   # of a run that was killed: nothing in it is a result
+    setpriv --pdeathsig KILL lm_eval run --model hf \
+        --model_args "pretrained=$MODEL,dtype=$DTYPE${MODEL_ARGS:+,$MODEL_ARGS}" --tasks "$1" --device "$2" \
+        --batch_size "$BATCH_SIZE" --seed "$SEEDS" "${options[@]}" --log_samples --output_path "$unfinished" || return
+    compgen -G "$unfinished/*/results_*.json" > /dev/null || return   # lm_eval only warns when it cannot write
+    mv "$unfinished" "$STAGING/$1"
+}
+
+# Measure the task $1 on a free device. xargs calls this in a new process, with the device's number in $SLOT.
+measure() {
+    local device log=$STAGING/device_$SLOT.log
+    device=$(sed -n "$((SLOT + 1))p" "$STAGING/devices")
+    if [ "$(wc -l < "$STAGING/devices")" = 1 ]; then
+        echo "run_eval.sh: $1 on $device"
+        evaluate "$1" "$device"
+    else
+        echo "run_eval.sh: $1 on $device, log in $log"
+        evaluate "$1" "$device" &>> "$log"
+    fi || { echo "run_eval.sh: $1 failed; the last lines of its output say why" >&2; return 1; }
+    echo "run_eval.sh: $1: $SECONDS s"
+}
+
+[ "$CHAT_TEMPLATE" != 1 ] || BASE_MODEL=$RESIZED_MODEL
 case "$#:${1:-}" in
-    1:before) name=before model=$BEFORE_MODEL ;;
-    1:after)  name=after  model=$AFTER_MODEL ;;
-    2:*)      name=$1     model=$2 ;;
-    *)        sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    [1-9]*:compare) NAME=compare MODEL= ;;
+    1:before)       NAME=before  MODEL=$BASE_MODEL ;;
+    1:after)        NAME=after   MODEL=$EXPORT_DIR ;;
+    2:*)            NAME=$1      MODEL=$2 ;;
+    *)              sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
-[[ $name =~ ^[A-Za-z0-9][A-Za-z0-9_-]*$ ]] || refuse "the name '$name' must be letters, digits, '_' and '-'."
-[[ $model != *[,=]* ]] || refuse "lm_eval cannot read a folder with ',' or '=' in its name: $model"
+[[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9_-]*$ ]] || refuse "the name '$NAME' must be letters, digits, '_' and '-'."
+[[ $MODEL != *[,=]* ]] || refuse "lm_eval cannot read a folder with ',' or '=' in its name: $MODEL"
+[ "$CHAT_TEMPLATE" != 1 ] || NAME+=-chat
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
 command -v lm_eval > /dev/null || refuse "no lm_eval on the path. Activate the environment that holds it, or make" \
     "one here: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
 
-export RESIZED_MODEL TASKS INCLUDE_PATH FEWSHOT LIMIT CHAT_TEMPLATE ASSISTANT_DATA ASSISTANT_FLAGS CHECK_READING
-export DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS OUTPUT
-export PYTHONPATH="$(cd "$(dirname "$0")" && pwd)${PYTHONPATH:+:$PYTHONPATH}"
-exec "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$name" "$model"
+HERE=$(cd "$(dirname "$0")" && pwd)
+STAGING=$EVAL_RESULTS/$NAME.unfinished
+export BASE_MODEL EXPORT_DIR RESIZED_MODEL DATA_DIR EVAL_RESULTS CHAT_TEMPLATE TASKS INCLUDE_PATH FEWSHOT LIMIT
+export ASSISTANT_FLAGS CHECK_READING DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS NAME MODEL STAGING
+export -f evaluate measure
+trap 'refuse "stopped; the same command continues."' INT TERM
+if [ "$1" = compare ]; then
+    suite "$@"
+    exit
+fi
+
+mkdir -p "$STAGING"
+exec 9< "$STAGING"
+flock --nonblock 9 || refuse "$STAGING is in use by another run. Wait for it, or choose another name."
+trap 'rmdir "$STAGING" 2> /dev/null || true' EXIT   # it is still empty if `start` refused
+suite start
+attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --max-procs="$(wc -l < "$STAGING/devices")" \
+    --process-slot-var=SLOT setpriv --pdeathsig KILL bash -c 'measure "$1"' measure || true   # `finish` names failures
+suite finish

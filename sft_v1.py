@@ -45,7 +45,7 @@ from sft.training import model as sft_model
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
-BASE_MODEL = "checkpoints/base"  # folder, from resize_vocab.py
+BASE_MODEL = "models/resized"  # folder, from resize_vocab.py
 OUTPUT_DIR = "checkpoints/sft_v1"  # folder of this run: checkpoints, metrics, curves
 RESUME = "newest"  # "newest" whole checkpoint in OUTPUT_DIR if there is one | a name such as "step_000500"
 # ---- Optimisation: the Genesis recipe ----

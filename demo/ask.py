@@ -1,4 +1,4 @@
-"""Ask two models the same questions and print their greedy answers side by side.
+"""Ask the demo's base and its export the same questions and print their greedy answers one below the other.
 
 Reads two Hugging Face folders with chat templates and a JSON list of questions; writes nothing.
 
@@ -10,39 +10,39 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-
-import export_hf
-from sft import settings
+from sft import hf_folder, settings
 
 # ---- Files ----
-BEFORE_MODEL = "demo/work/base"  # Hugging Face folder
-AFTER_MODEL = "demo/work/export"  # Hugging Face folder
+BASE_MODEL = "demo/work/base"  # Hugging Face folder, the model before fine-tuning
+EXPORT_DIR = "demo/work/export"  # Hugging Face folder, the model after it
 QUESTIONS = "demo/questions.json"  # JSON list of strings
 # ---- Answers ----
-MAX_NEW_TOKENS = 80  # tokens; an answer that is longer is cut and said to be
+MAX_NEW_TOKENS = 80  # tokens; a longer answer is cut, and the output says so
 
 # ==== Asking ====
 
 
 def answers(folder, questions, max_new_tokens):
     """Return for each question (greedy answer of the model in `folder`, whether it ended by itself)."""
+    model = hf_folder.load_model(folder, "Run demo/run.sh.", torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return [export_hf.sample(model, tokenizer, question, max_new_tokens) for question in questions]
+    return [hf_folder.answer(model, tokenizer, question, max_new_tokens) for question in questions]
 
 
-def main(run):
-    """Print question, answer before, answer after."""
-    questions = json.loads(Path(QUESTIONS).read_text(encoding="utf-8"))
-    both = [answers(folder, questions, MAX_NEW_TOKENS) for folder in (BEFORE_MODEL, AFTER_MODEL)]
-    for question, *pair in zip(questions, *both, strict=True):
+def main(args):
+    """Print each question with the answer before and the answer after."""
+    questions = json.loads(Path(args["QUESTIONS"]).read_text(encoding="utf-8"))
+    before = answers(args["BASE_MODEL"], questions, args["MAX_NEW_TOKENS"])
+    after = answers(args["EXPORT_DIR"], questions, args["MAX_NEW_TOKENS"])
+    for index, question in enumerate(questions):
         print(f"\nQ: {question}")
-        for name, (text, ended) in zip(("before", "after"), pair, strict=True):
-            print(f"  {name} ({'ended by itself' if ended else f'cut at {MAX_NEW_TOKENS} tokens'}): {text}")
+        for name, (text, ended) in (("before", before[index]), ("after", after[index])):
+            ending = "ended by itself" if ended else f"cut at {args['MAX_NEW_TOKENS']} tokens"
+            print(f"  {name} ({ending}): {text}")
 
 
 if __name__ == "__main__":

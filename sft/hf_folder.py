@@ -1,6 +1,6 @@
-"""A Hugging Face model folder: shards and index, token names and stop ids, the model loaded strictly.
+"""A Hugging Face model folder: configuration, tokenizer, shards and index, the model loaded strictly, its answers.
 
-torch is imported where it computes: prepare_data.py reads token names here, and torch would cost it 0.2 GiB.
+It imports torch where it computes: prepare_data.py reads token names here, and torch would cost it 0.2 GiB.
 """
 
 import json
@@ -15,12 +15,20 @@ from sft import system
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
 
 # ==== Configuration and tokenizer ====
 
 
+def check_is_folder(folder, remedy):
+    """Raise SystemExit, ending with `remedy`, unless `folder` is one: transformers would take its name for a hub id."""
+    if not Path(folder).is_dir():
+        raise SystemExit(f"{folder} is no folder. {remedy}")
+
+
 def load_config(folder, remedy):
     """Return the transformers config of `folder`. Raises: SystemExit, ending with `remedy`, if there is none."""
+    check_is_folder(folder, remedy)
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub raise several kinds
@@ -30,14 +38,17 @@ def load_config(folder, remedy):
 def token_names(config, folder):
     """Return {"bos" | "eos" | "unk" | "pad": its text or None} of `config`, the tokenizer_config.json in `folder`.
 
-    Raises: SystemExit if one is no text.
+    Raises: SystemExit if one is not text.
     """
-    named = {name: config.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
-    for name, token in named.items():
+    names = {}
+    for kind in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{kind}_token")
+        if isinstance(token, dict):
+            token = token.get("content")
         if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
-            raise SystemExit(f"{folder}: the {name}_token of its tokenizer_config.json is no text. Correct it.")
-    return named
+            raise SystemExit(f"{folder}: the {kind}_token of its tokenizer_config.json is no text. Correct it.")
+        names[kind] = token
+    return names
 
 
 def stop_ids(generation):
@@ -62,32 +73,44 @@ def load_tokenizer(folder):
 def shards(folder):
     """Return {file name: [tensor names]} of the safetensors in `folder`, one file or several with an index.
 
-    Raises: SystemExit if there are none or one that the index names is missing.
+    Raises: SystemExit if there are none, one that the index names is missing, or index and files disagree.
     """
     folder = Path(folder)
-    index, promised = folder / "model.safetensors.index.json", None
-    parts = ["model.safetensors"]
-    if index.is_file():
-        promised = system.read_json(index, "your download").get("weight_map")
-        if not isinstance(promised, dict) or any(Path(name).name != name for name in map(str, promised.values())):
-            raise SystemExit(f"{index} holds no map from tensors to files of that folder. Download the model again.")
-        parts = sorted(set(promised.values()))
-    if missing := [name for name in parts if not (folder / name).is_file()]:
-        if found := sorted(path.name for path in folder.glob("*.bin")):
-            raise SystemExit(f"{folder} has {found[0]}, but no {missing[0]}. Only safetensors are read: save it so.")
+    weight_map = read_index(folder)
+    file_names = ["model.safetensors"] if weight_map is None else sorted(set(weight_map.values()))
+    if missing := [name for name in file_names if not (folder / name).is_file()]:
+        if pickles := sorted(path.name for path in folder.glob("*.bin")):
+            raise SystemExit(
+                f"{folder} has {pickles[0]}, but no {missing[0]}. Only safetensors are read: save the model in that "
+                "format."
+            )
         raise SystemExit(f"{folder} has no {missing[0]}. Name the folder that holds the model.")
-    names = {}
-    for name in parts:
+    layout = {}
+    for name in file_names:
         try:
             with safe_open(folder / name, "pt") as file:
-                names[name] = list(file.keys())
+                layout[name] = list(file.keys())
         except Exception as error:  # safetensors raises its own SafetensorError
-            raise SystemExit(f"{folder / name} is no readable safetensors file ({error}).") from None
-    held = {tensor: name for name, tensors in names.items() for tensor in tensors}
-    if promised is not None and held != promised:
-        wrong = sorted(held.items() ^ promised.items())[0][0]
-        raise SystemExit(f"{index} and the files disagree about the tensor {wrong}. Download the model again.")
-    return names
+            raise SystemExit(f"{folder / name} is not a readable safetensors file ({error}).") from None
+    in_files = {tensor: name for name, tensors in layout.items() for tensor in tensors}
+    if weight_map is not None and in_files != weight_map:
+        tensor = min(in_files.items() ^ weight_map.items())[0]
+        raise SystemExit(
+            f"{folder / INDEX} and the files disagree about the tensor {tensor}. Download the model again."
+        )
+    return layout
+
+
+def read_index(folder):
+    """Return {tensor name: file name} of the index in `folder`, or None if it has none."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        return None
+    weight_map = system.read_json(path, "your download").get("weight_map")
+    file_names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in file_names):
+        raise SystemExit(f"{path} has no map from tensors to files of that folder. Download the model again.")
+    return weight_map
 
 
 def write_index(folder, layout, total_size):
@@ -98,7 +121,7 @@ def write_index(folder, layout, total_size):
     if len(layout) > 1:
         weight_map = {name: file_name for file_name, names in layout.items() for name in names}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def same_bits(first, second):
@@ -114,8 +137,9 @@ def load_model(folder, remedy, dtype="auto", **options):
     """Return the causal model in `folder`, in evaluation mode, on the CPU.
 
     dtype: a torch.dtype or "auto"; options: more of `from_pretrained`; remedy: the sentence that ends a refusal.
-    Raises: SystemExit unless it loads and every tensor finds its place.
+    Raises: SystemExit unless it loads with exactly the tensors that its configuration describes.
     """
+    check_is_folder(folder, remedy)
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
@@ -127,3 +151,25 @@ def load_model(folder, remedy, dtype="auto", **options):
     if problems := {kind.replace("_", " "): sorted(names) for kind, names in info.items() if names}:
         raise SystemExit(f"{folder} does not load strictly: {problems}. {remedy}")
     return model.eval()
+
+
+# ==== Answers ====
+
+
+def prompt(tokenizer, turns, device):
+    """Return the ids [1, tokens] and attention mask of a conversation that the assistant is to continue, on `device`.
+
+    turns: list of {"role": str, "content": str}; they go through the tokenizer's chat template.
+    """
+    encoding = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return encoding.to(device)
+
+
+def answer(model, tokenizer, question, max_new_tokens):
+    """Return (greedy answer to `question` through the chat template, whether it ended by itself)."""
+    inputs = prompt(tokenizer, [{"role": "user", "content": question}], model.device)
+    with torch.no_grad():
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    ids = output[0, inputs["input_ids"].shape[1] :]
+    ended = ids[-1].item() in stop_ids(model.generation_config)
+    return tokenizer.decode(ids, skip_special_tokens=True).strip(), ended

@@ -2,41 +2,82 @@
 
 A constant `LEARNING_RATE = 2e-5  # peak learning rate` becomes `--learning-rate 1e-4`; its trailing comment is the
 help text and its value the default. `# ---- Title ----` lines group the flags; the first `# ==== Title ====` line ends
-the settings. By the constant's type:
+the settings. The constant's type decides what the flag takes:
 
     int, float, str     one value (an int is accepted where the default is a float)
     bool                --name or --no-name
-    tuple               several strings, separated by commas
+    tuple               several strings, comma-separated
     list                the path of a JSON file that holds such a list (the script reads it)
 
-Flags that do not exist, that are abbreviated or whose value has the wrong type end the program with a sentence.
+An unknown or abbreviated flag, or a value of the wrong type, ends the program with a sentence.
 """
 
 import argparse
 import ast
 import re
+from pathlib import Path
+
+
+def setting_name(node):
+    """Return the UPPER_CASE name that the statement `node` (ast) assigns, or None."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+        return None
+    name = node.targets[0].id
+    return name if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) else None
+
+
+def trailing_comment(node, lines):
+    """Return the comment behind a one-line value, or after the opening bracket of a longer one."""
+    line = lines[node.lineno - 1]
+    if node.lineno == node.end_lineno:
+        line = line.encode()[node.end_col_offset :].decode()  # the ast counts columns in bytes
+    return line.partition("#")[2].strip()
 
 
 def constants(path):
     """Yield (group, name, comment) of each UPPER_CASE setting at the top of the Python file `path`, in order."""
-    source = open(path, encoding="utf-8").read().partition("\n# ====")[0]
-    lines, group, seen = source.splitlines(), "settings", 0
+    source = Path(path).read_text(encoding="utf-8").partition("\n# ====")[0]
+    lines = source.splitlines()
+    group = "settings"
+    next_line = 0  # the first line after the last setting
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and re.fullmatch(r"[A-Z][A-Z0-9_]*", getattr(node.targets[0], "id", "")):
-            for line in lines[seen : node.lineno]:
-                title = re.fullmatch(r"# -+ (.+?) -+", line)
-                group = title[1] if title else group
-            seen = node.end_lineno
-            # The comment stands behind a one-line value or after the opening bracket of a longer one. Columns of the
-            # ast are bytes.
-            start = node.end_col_offset if node.lineno == node.end_lineno else 0
-            yield group, node.targets[0].id, lines[node.lineno - 1].encode()[start:].decode().partition("#")[2].strip()
+        name = setting_name(node)
+        if name is None:
+            continue
+        for line in lines[next_line : node.lineno]:
+            if title := re.fullmatch(r"# -+ (.+?) -+", line):
+                group = title[1]
+        next_line = node.end_lineno
+        yield group, name, trailing_comment(node, lines)
+
+
+def flag_name(name):
+    """Return the flag of the constant `name`: --learning-rate of LEARNING_RATE."""
+    return "--" + name.lower().replace("_", "-")
+
+
+def comma_separated(text):
+    """Return the tuple of the strings between the commas of `text`; empty ones are left out."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def flag_options(default, comment):
+    """Return the keyword arguments of argparse's `add_argument` for a constant with this default and comment."""
+    shown = "the table in this file" if isinstance(default, list) else repr(default)
+    options = {"default": default, "help": f"{comment} [{shown}]".replace("%", "%%")}
+    if isinstance(default, bool):
+        return options | {"action": argparse.BooleanOptionalAction}
+    if isinstance(default, tuple):
+        return options | {"type": comma_separated, "metavar": "A,B"}
+    if isinstance(default, list):
+        return options | {"type": str, "metavar": "FILE"}
+    return options | {"type": type(default), "metavar": type(default).__name__.upper()}
 
 
 def from_flags(module):
     """Set the constants in `module` (the script's `globals()`) from `sys.argv`.
 
-    Returns: dict of every constant's name and value, to be saved with what the run writes.
+    Returns: dict of every constant's name and value, which the script saves with what it writes.
     Raises: SystemExit(2) with a sentence for an unknown, abbreviated or mistyped flag.
     """
     parser = argparse.ArgumentParser(
@@ -44,17 +85,9 @@ def from_flags(module):
     )
     groups = {}
     for title, name, comment in constants(module["__file__"]):
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title], default = group, module[name]
-        kind = {bool: None, list: str, tuple: lambda text: tuple(part for part in text.split(",") if part)}
-        shown = "the table in this file" if isinstance(default, list) else repr(default)
-        options = {"default": default, "help": f"{comment} [{shown}]".replace("%", "%%")}
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind.get(type(default), type(default))
-            options["metavar"] = {tuple: "A,B", list: "FILE"}.get(type(default), type(default).__name__.upper())
-        group.add_argument(f"--{name.lower().replace('_', '-')}", dest=name, **options)
-    chosen = vars(parser.parse_args())
-    module.update(chosen)
-    return chosen
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag_name(name), dest=name, **flag_options(module[name], comment))
+    args = vars(parser.parse_args())
+    module.update(args)
+    return args

@@ -1,6 +1,6 @@
-"""Files, folders and processes with care: digests, JSON, a file or folder replaced in one step, a lock.
+"""Files, folders and processes: digests, JSON, a file or folder that appears in one step, a lock.
 
-None of it needs torch. What is being written has the name `X.unfinished` until it is whole.
+Nothing here needs torch. A file or folder X that is not whole yet has the name `X.unfinished`.
 """
 
 import contextlib
@@ -51,24 +51,23 @@ def read_json(path, made_by):
 def differences(then, now, then_label="then", now_label="now"):
     """Return a phrase "name: value then, value now" for each name whose value differs between two dicts.
 
-    A name that only one of them has differs, too; its value in the other is None.
+    A name that only one of them has also differs; its value in the other is None.
     """
-    names = dict.fromkeys([*then, *now])
-    return [
-        f"{name}: {then.get(name)} {then_label}, {now.get(name)} {now_label}"
-        for name in names
-        if then.get(name) != now.get(name)
-    ]
+    phrases = []
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            phrases.append(f"{name}: {then.get(name)} {then_label}, {now.get(name)} {now_label}")
+    return phrases
 
 
 def unfinished(path):
-    """Return the Path that the file or folder `path` has until it is whole."""
+    """Return the Path at which the file or folder `path` is written until it is whole."""
     path = Path(path)
     return path.with_name(f"{path.name}.unfinished")
 
 
 def durable(path):
-    """Ask the operating system to put the file or folder `path` on the disk now."""
+    """Make the operating system write the file or folder `path` to the disk now."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -77,7 +76,7 @@ def durable(path):
 
 
 def write_whole(path, text):
-    """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old one."""
+    """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old file."""
     staging = unfinished(path)
     staging.write_bytes(text.encode() if isinstance(text, str) else text)
     durable(staging)
@@ -88,7 +87,7 @@ def write_whole(path, text):
 
 
 def refuse_unless_empty(folder, flag):
-    """Raise SystemExit if the path `folder`, which the setting `flag` names, already holds something."""
+    """Raise SystemExit if the path `folder` already holds something. flag: the flag that names it, for the message."""
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"{folder} is not empty. Move it away, or name another {flag}.")
@@ -96,9 +95,9 @@ def refuse_unless_empty(folder, flag):
 
 @contextlib.contextmanager
 def staged(folder, flag):
-    """Give an empty folder beside `folder` that gets its name at the end of the block, or is removed if that fails.
+    """Yield an empty folder next to `folder`; rename it to `folder` after the block, or remove it if the block fails.
 
-    flag: the setting that names `folder`, for what is said.
+    flag: the flag that names `folder`, for the message.
     Raises: SystemExit if `folder` already holds something or the disk is full.
     """
     refuse_unless_empty(folder, flag)
@@ -119,10 +118,10 @@ def staged(folder, flag):
 
 
 def lock(folder, flag):
-    """Take the folder for this process alone; return the handle that holds it until it is closed or the process ends.
+    """Lock the folder for this process; return the file handle that holds the lock until it or the process ends.
 
-    The lock is the kernel's, so a crash of its owner frees it; only a child that was forked without exec would keep it.
-    flag: the setting that names `folder`. Raises: SystemExit if another process holds it.
+    The kernel keeps the lock, so a crash of its owner frees it; only a child that was forked without exec keeps it.
+    flag: the flag that names `folder`, for the message. Raises: SystemExit if another process holds the lock.
     """
     handle = open(Path(folder) / LOCK, "a+", encoding="utf-8")
     try:
@@ -145,12 +144,12 @@ libc = ctypes.CDLL(None)
 
 
 def end_with_parent():
-    """Have the kernel kill this process when the one that started it dies, however that ends (Linux; else nothing)."""
+    """Have the kernel kill this process when its parent dies, however it dies (Linux; elsewhere this does nothing)."""
     if sys.platform == "linux":
         libc.prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
 
 
 def leave_to_parent():
-    """End with the parent, and leave Ctrl-C to it."""
+    """End this process with its parent, and let the parent alone react to Ctrl-C."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

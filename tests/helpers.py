@@ -1,6 +1,12 @@
 """What several test files use. Nothing heavy is imported before a function needs it."""
 
+import contextlib
 import json
+import math
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,8 +15,68 @@ PASSAGE = ROOT / "sft" / "evaluation" / "plain_text.txt"
 # ==== Model folders ====
 
 
+def args_of(script, **changes):
+    """Return the settings of an imported script as `settings.from_flags` gives them, with `changes`."""
+    from sft import settings
+
+    args = {name: getattr(script, name) for _, name, _ in settings.constants(script.__file__)}
+    assert changes.keys() <= args.keys(), changes.keys() - args.keys()
+    return args | changes
+
+
+def run_python(folder, *command, ok=True):
+    """Run Python with the arguments `command` in `folder`, to success or (ok=False) not. Returns: stdout or stderr."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, command)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=600)
+    assert (result.returncode == 0) is ok, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout if ok else result.stderr
+
+
+def run_torchrun(folder, processes, script, *flags):
+    """Run the Python file `script` in `folder` by torchrun with this number of processes. Returns: stdout."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", processes]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    return run_python(folder, *launcher, *rendezvous, script, *flags)
+
+
+def read_weights(folder):
+    """Return {name: tensor} of all safetensors in `folder`."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def edit_json(path, **changes):
+    """Set some keys of the JSON object in the file `path`."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """Let no file of this process grow beyond `size` bytes within the block: what a full disk does to a write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def train_sentencepiece(folder, **options):
+    """Train a SentencePiece model on the passage and some code; return the path of its tokenizer.model."""
+    import sentencepiece
+
+    text = [line for line in PASSAGE.read_text().splitlines() if line] + ["def f(x):", "    return x"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
+    )
+    return folder / "tokenizer.model"
+
+
 def make_reader(tokenizer, folder, tied=True):
-    """Write a tiny Llama, float32, that knows plain_text.py's passage by heart in the ids of an HF `tokenizer`."""
+    """Write a tiny Llama, float32, that knows reading_check.py's passage by heart in the ids of an HF `tokenizer`."""
     import torch
     import transformers
 
@@ -21,8 +87,8 @@ def make_reader(tokenizer, folder, tied=True):
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids = transformers.LlamaForCausalLM(config), tokenizer(PASSAGE.read_text(), return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(90):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -90,3 +156,153 @@ def write_dataset(root, name, configs):
 
 
 # ==== Evaluation ====
+
+CONVERSATIONS = [  # (source, turns)
+    ("a", [("user", "Who are you?"), ("assistant", "I am Genesis.")]),
+    ("a", [("system", "Be brief."), ("user", "Say yes"), ("assistant", "yes"), ("user", "No?"), ("assistant", "no")]),
+    ("b", [("user", "1 + 1"), ("assistant", "<think>\none and one\n</think>\n\ntwo")]),
+    ("b", [("user", "2 + 2"), ("assistant", "four")]),
+]
+
+
+def write_tokenizer(folder):
+    """Write a byte-level tokenizer without chat markers, as a base has it. Returns: the folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the cat sat on the mat"], trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+def write_conversations(folder, base):
+    """Write CONVERSATIONS as prepare_data.py does, with the tokenizer in `base` extended. Returns: that tokenizer."""
+    import datasets
+
+    from sft.data import chatml
+
+    tokenizer, _ = chatml.extend_tokenizer(base, True, False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = []
+    for source, turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        row = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        masks = [bool(mask) for mask in row["assistant_masks"]]
+        rows.append({"input_ids": row["input_ids"], "assistant_masks": masks, "source": source})
+    split = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict({"train": split, "validation": split}).save_to_disk(folder)
+    return tokenizer
+
+
+def write_model(folder, tokenizer, seed, rows=None, context=512):
+    """Write a tiny Llama, bfloat16; with `rows` (of the data) it is trained until it knows them by heart."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=context, **names, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(60 if rows else 0):
+        for row in rows:
+            ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["assistant_masks"])
+            model(input_ids=ids[None], labels=ids.where(mask, -100)[None]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config = GenerationConfig(**names)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+RESULTS_TIME = "2026-01-02T03-04-05.678901"
+
+
+def write_run(folder, tasks, groups=None, change=None, choices=4, time=RESULTS_TIME):
+    """Write a run like lm_eval's: tasks = {task: {metric: scores per question}}, groups = {group: [tasks]}.
+
+    choices: number of answers to choose from, for all tasks or {task: number}; 0 for a task without.
+    `change(results)` edits the results JSON before it is written.
+    """
+    model = folder / "models__x"
+    model.mkdir(parents=True, exist_ok=True)
+    results, configs = {}, {}
+    for task, metrics in tasks.items():
+        (n,) = {len(scores) for scores in metrics.values()}
+        offered = choices.get(task, 4) if isinstance(choices, dict) else choices
+        entry = results[task] = {"name": task, "alias": task, "sample_len": n}
+        for metric, scores in metrics.items():
+            mean = sum(scores) / n
+            stderr = math.sqrt(sum((s - mean) ** 2 for s in scores) / (n - 1) / n)
+            if metric == "perplexity":
+                mean, stderr = math.exp(-mean), math.exp(-mean) * stderr
+            entry |= {f"{metric},none": mean, f"{metric}_stderr,none": stderr}
+        with (model / f"samples_{task}_{time}.jsonl").open("w") as file:
+            for i in range(n):
+                sample = {"doc_id": i, "doc": {"q": i}, "filter": "none", "filtered_resps": [["-1.0", "False"]]}
+                sample["arguments"] = {f"gen_args_{c}": {} for c in range(offered or 1)}
+                file.write(json.dumps(sample | {metric: scores[i] for metric, scores in metrics.items()}) + "\n")
+        output_type = "multiple_choice" if offered else "loglikelihood"
+        configs[task] = {"output_type": output_type, "metric_list": [{"metric": metric} for metric in metrics]}
+    for group, members in (groups or {}).items():
+        scores = [s for task in leaf_tasks(groups, members) for s in tasks[task]["acc"]]
+        results[group] = {"alias": group, "acc,none": sum(scores) / len(scores), "acc_stderr,none": 0.0036}
+    document = {
+        "results": results,
+        "group_subtasks": groups or {},
+        "configs": configs,
+        "versions": dict.fromkeys(results, 1.0),
+        "n-shot": dict.fromkeys(results, 0),
+        "higher_is_better": {task: {m: m != "perplexity" for m in metrics} for task, metrics in tasks.items()},
+        "config": {
+            "model_args": {"pretrained": str(folder), "dtype": "bfloat16"},
+            "model_dtype": "torch.bfloat16",
+            "batch_size": "auto:2",
+            "limit": None,
+        },
+        "lm_eval_version": "0.4.13",
+        "model_name": folder.name,
+        "task_hashes": dict.fromkeys(tasks, "same"),
+    }
+    if change:
+        change(document)
+    (model / f"results_{time}.json").write_text(json.dumps(document))
+    (folder / "run.json").write_text(
+        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name}})
+    )
+
+
+def leaf_tasks(groups, members):
+    """Return the tasks below a group's `members`, in order."""
+    return [leaf for m in members for leaf in (leaf_tasks(groups, groups[m]) if m in groups else [m])]
+
+
+def share(right, n):
+    """Return the scores of n answers, the first `right` of them right."""
+    return [1.0] * right + [0.0] * (n - right)
+
+
+def write_pair(folder, before, after, **options):
+    """Write two runs, see `write_run`, as the folders eval-results/before and after in `folder`."""
+    write_run(folder / "eval-results/before", before, **options)
+    write_run(folder / "eval-results/after", after, **options)
+
+
+def compare_in(capsys):
+    """Return a function that runs compare_evals.py with some settings changed and returns what is printed."""
+    from sft.evaluation import compare_evals
+
+    def compare(**changes):
+        compare_evals.main(args_of(compare_evals, **changes))
+        return capsys.readouterr().out
+
+    return compare
+
+
+MINE = {"mine": {"acc": share(3, 9)}}

@@ -1,26 +1,32 @@
-"""From end to end: prepare, resize, train until the answers are known by heart, export; then what an export must be."""
+"""export_hf.py from end to end: prepare, resize, train until the answers are known by heart, export; and its refusals.
 
+Run it alone: bash tests/run.sh tests/test_export_hf.py
+"""
+
+import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+from helpers import ROOT, args_of, edit_json, full_disk, run_python, run_torchrun
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import chat
 import export_hf
 import resize_vocab
 from sft import system
+from sft.evaluation import model_card
 from sft.training import checkpoints
 
-ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = {
     "Who are you?": "I am Genesis.",
     "What is the capital of France?": "<think>\nFrance: Paris.\n</think>\n\nIt is Paris.",
@@ -29,58 +35,66 @@ ANSWERS = {
 }
 
 
-def call(work, script, *flags, ok=True):
-    """Run a script of the suite in the folder `work` and return what it printed."""
-    launcher = [sys.executable]
-    if script == "sft_v1.py":
-        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", "2", *rendezvous]
-    command = [*launcher, str(ROOT / script), *map(str, flags)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=work, env=env, timeout=600)
-    assert (result.returncode == 0) is ok, result.stdout + result.stderr
-    return result.stdout if ok else result.stderr
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, bpe_tokenizer_dir, spm_tokenizer_dir):
+    """Return a function that makes the five scripts' folders under their default names, once for "tied" and "untied".
+
+    A tiny Llama is trained on ANSWERS by two processes.
+    """
+    folders = {}
+
+    def run(kind):
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp(kind)
+            build(folders[kind], kind == "tied", bpe_tokenizer_dir if kind == "tied" else spm_tokenizer_dir)
+        return folders[kind]
+
+    return run
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
-def work(request, tmp_path_factory, bpe_tokenizer_dir, spm_tokenizer_dir):
-    """The five scripts' folders under their default names, for a tiny Llama trained on ANSWERS by two processes."""
-    folder, tied = tmp_path_factory.mktemp("work"), request.param == "tied"
+def build(folder, tied, tokenizer_dir):
+    """Write a base with random weights into `folder`, then run the scripts up to the export."""
     config = transformers.LlamaConfig(
         vocab_size=49_152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "models" / "base")
-    for path in (bpe_tokenizer_dir if tied else spm_tokenizer_dir).iterdir():
+    for path in tokenizer_dir.iterdir():
         shutil.copyfile(path, folder / "models" / "base" / path.name)
     rows = [{"prompt": question, "response": answer} for question, answer in ANSWERS.items()]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     source = {"name": "answers", "path": "rows.jsonl", "schema": "prompt/response", "examples": "all"}
     (folder / "mixture.json").write_text(json.dumps([source]))
-    flags = ("--mixture", "mixture.json", "--max-seq-len", 128)
-    flags += ("--decontaminate-against", "", "--deduplicate", "off")
-    call(folder, "prepare_data.py", *flags)
-    call(folder, "resize_vocab.py")
-    flags = ["--sequences-per-step", 8, "--max-steps", 100, "--learning-rate", 1e-2, "--min-learning-rate", 1e-3]
-    flags += ["--warmup-steps", 5, "--save-every", 50, "--validate-every", 0, "--tokens-per-micro-batch", 256]
-    call(folder, "sft_v1.py", *flags, "--device", "cpu")
-    (folder / "stdout").write_text(call(folder, "export_hf.py"))
-    return folder
+    flags = ["--mixture", "mixture.json", "--max-seq-len", 128]
+    flags += ["--decontaminate-against", "", "--deduplicate", "off"]
+    run_python(folder, ROOT / "prepare_data.py", *flags)
+    run_python(folder, ROOT / "resize_vocab.py")
+    flags = ["--sequences-per-step", 8, "--max-steps", 60, "--learning-rate", 1e-2, "--min-learning-rate", 1e-3]
+    flags += ["--warmup-steps", 5, "--save-every", 30, "--validate-every", 0, "--tokens-per-micro-batch", 256]
+    flags += ["--device", "cpu", "--compute-dtype", "float32"]  # on a CPU four times as fast as bfloat16
+    run_torchrun(folder, 2, ROOT / "sft_v1.py", *flags)
+    (folder / "stdout").write_text(run_python(folder, ROOT / "export_hf.py"))
+
+
+@pytest.fixture(params=["tied", "untied"])
+def work(request, train):
+    return train(request.param)
 
 
 def stored(work):
-    """Return the newest checkpoint's weights by name, float32."""
-    checkpoint = checkpoints.newest_whole(work / "checkpoints" / "sft_v1")
+    """Return the latest checkpoint's weights by name, float32."""
+    checkpoint = checkpoints.latest_whole(work / "checkpoints" / "sft_v1")
     kept = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size) for name, entry in kept.items() if name.startswith("model.")}
     dcp.load(state, checkpoint_id=str(checkpoint))
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
+@pytest.mark.torchrun
 def test_every_tensor_is_the_checkpoints_and_nothing_else_is_there(work):
     expected, found = stored(work), load_file(work / "exports" / "sft_v1" / "model.safetensors")
-    base = load_file(work / "checkpoints" / "base" / "model.safetensors")
+    base = load_file(work / "models" / "resized" / "model.safetensors")
     assert expected.keys() == found.keys() == base.keys()
     assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
     size = (work / "exports" / "sft_v1" / "model.safetensors").stat().st_size
@@ -89,22 +103,28 @@ def test_every_tensor_is_the_checkpoints_and_nothing_else_is_there(work):
     assert "verified: every tensor and the logits of three prompts equal" in (work / "stdout").read_text()
 
 
-def test_a_fresh_process_answers_by_heart_and_stops_by_itself(work):
+@pytest.mark.torchrun
+def test_a_fresh_process_answers_by_heart_and_stops_by_itself(train):
     code = (
         "import json, sys, transformers\n"
-        "chat = transformers.pipeline('text-generation', model='exports/sft_v1')\n"
-        "for q in json.loads(sys.argv[1]):\n"
-        "    out = chat([{'role': 'user', 'content': q}], max_new_tokens=60, do_sample=False)\n"
-        "    print(json.dumps(out[0]['generated_text'][-1]['content']))\n"
+        "for folder in sys.argv[2:]:\n"
+        "    chat = transformers.pipeline('text-generation', model=folder)\n"
+        "    for q in json.loads(sys.argv[1]):\n"
+        "        out = chat([{'role': 'user', 'content': q}], max_new_tokens=60, do_sample=False)\n"
+        "        print(json.dumps(out[0]['generated_text'][-1]['content']))\n"
     )
-    command = [sys.executable, "-c", code, json.dumps(list(ANSWERS))]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=work)
-    assert [json.loads(line) for line in result.stdout.splitlines()] == list(ANSWERS.values()), result.stderr
-    stdout = (work / "stdout").read_text()
-    assert "Q: Who are you?\nA: I am Genesis.\n   (ended by itself)" in stdout
-    assert stdout.count("ended by itself") == 2
+    works = [train("tied"), train("untied")]
+    folders = [str(work / "exports" / "sft_v1") for work in works]
+    command = [sys.executable, "-c", code, json.dumps(list(ANSWERS)), *folders]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=works[0])
+    assert [json.loads(line) for line in result.stdout.splitlines()] == list(ANSWERS.values()) * 2, result.stderr
+    for work in works:
+        stdout = (work / "stdout").read_text()
+        assert "Q: Who are you?\nA: I am Genesis.\n   (ended by itself)" in stdout
+        assert stdout.count("ended by itself") == 2
 
 
+@pytest.mark.torchrun
 def test_it_loads_with_stops_padding_and_template_in_every_place_readers_look(work):
     export, prepared = work / "exports" / "sft_v1", work / "data" / "sft_v1" / "tokenizer"
     ours, theirs = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (export, prepared))
@@ -119,12 +139,15 @@ def test_it_loads_with_stops_padding_and_template_in_every_place_readers_look(wo
     config = transformers.AutoConfig.from_pretrained(export)
     assert config.vocab_size == len(ours) == 49_156 and config.dtype == torch.bfloat16
     card = (export / "README.md").read_text()
-    assert "| answers | 12 | 0 |" in card and "LEARNING_RATE: 0.01" in card and "step_000100" in card
+    assert "| answers | 12 | 0 |" in card and "LEARNING_RATE: 0.01" in card and "step_000060" in card
 
 
-def test_float32_in_several_files_of_an_earlier_checkpoint(work):
-    flags = ["--checkpoint", "step_000050", "--output-dir", "early", "--dtype", "float32", "--max-shard-gb", 0.001]
-    call(work, "export_hf.py", *flags, "--max-new-tokens", 5)
+@pytest.mark.torchrun
+def test_float32_in_several_files_of_an_earlier_checkpoint(work, monkeypatch):
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(export_hf, "MAX_SHARD_BYTES", 10**6)
+    args = {"CHECKPOINT": "step_000030", "EXPORT_DIR": "early", "DTYPE": "float32", "MAX_NEW_TOKENS": 5}
+    export_hf.main(args_of(export_hf, **args))
     model, info = transformers.AutoModelForCausalLM.from_pretrained(work / "early", output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32
     assert len(list((work / "early").glob("*.safetensors"))) > 1
@@ -132,29 +155,29 @@ def test_float32_in_several_files_of_an_earlier_checkpoint(work):
     assert index["metadata"]["total_size"] == sum(p.numel() for p in model.parameters()) * 4
 
 
-def test_the_chat_streams_answers_with_template_and_stop_and_remembers(work):
-    command = [sys.executable, str(ROOT / "export_hf.py"), "--chat", "exports/sft_v1", "--temperature", "0"]
-    said = "Who are you?\nCount.\n\nCount.\n"
-    result = subprocess.run(command, capture_output=True, text=True, cwd=work, input=said, timeout=200)
-    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
-    answers = [line.removeprefix("You: Model: ") for line in result.stdout.splitlines() if "Model: " in line]
-    assert answers[0] == "I am Genesis." and answers[-1] == "one two three", result.stdout
-    assert len(answers) == 3 and "(a new conversation)" in result.stdout
+@pytest.mark.torchrun
+def test_the_chat_streams_answers_with_template_and_stop(work, monkeypatch, capsys):
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\nCount.\n\nCount.\n"))
+    chat.main(args_of(chat, TEMPERATURE=0.0))
+    stdout = capsys.readouterr().out
+    answers = [line.removeprefix("You: Model: ") for line in stdout.splitlines() if "Model: " in line]
+    assert answers[0] == "I am Genesis." and answers[-1] == "one two three", stdout
+    assert len(answers) == 3 and "(a new conversation)" in stdout
 
 
+@pytest.mark.torchrun
 def test_the_card_shows_data_licence_recipe_and_curve(work):
     folder = work / "exports" / "sft_v1"
     card = (folder / "README.md").read_text()
     assert "| answers | rows.jsonl | of your own file: add it |" in card
-    assert "![Loss by optimizer step](loss.png)" in card and "export_hf.py --chat" in card
+    assert "![Loss by optimizer step](loss.png)" in card and "python chat.py --export-dir" in card
     assert (folder / "loss.png").read_bytes() == (work / "checkpoints" / "sft_v1" / "loss.png").read_bytes()
-    assert (
-        "CANNOT READ" in (work / "stdout").read_text()
-        and "WARNING: exports/sft_v1 is what was" in (work / "stdout").read_text()
-    )
+    stdout = (work / "stdout").read_text()
+    assert "CANNOT READ" in stdout and "WARNING: exports/sft_v1 is what was" in stdout
 
 
-# ==== A checkpoint written in this process: facts, older readers, refusals ====
+# ==== A checkpoint written in this process: older readers, refusals ====
 
 
 def make_checkpoint(folder, tied=True, harm=None, **shape):
@@ -165,7 +188,7 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "models" / "base")
-    backend = Tokenizer(models.WordLevel({f"w{place}": place for place in range(60)}, unk_token="w2"))
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(60)}, unk_token="w2"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(folder / "models" / "base" / "tokenizer.json"))
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -173,28 +196,26 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     names = {"bos_token": "w1", "eos_token": "<|im_end|>", "pad_token": "w2"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "data" / "sft_v1" / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(resize_vocab, "TOKENIZER", "tokenizer")
-        resize_vocab.main({})
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "base", dtype=torch.float32)
-        state = {f"model.{name}": part.detach() * 1.001 for name, part in model.named_parameters()}
-        state |= {f"optimizer.exp_avg.{name}": torch.zeros_like(part) for name, part in model.named_parameters()}
-        if harm:
-            harm(state)
-        base = folder / "checkpoints" / "base"
-        prints = {"data": "", "tokenizer": system.sha256(base / "tokenizer.json")}
-        prints["base"] = system.folder_digest(base, "*.safetensors")
-        recipe = (
-            "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
-        )
-        recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
-        settings = dict.fromkeys(recipe.split(), 1) | {"DATA_DIR": "data/sft_v1"}
-        facts = {"fingerprints": prints, "settings": settings, "versions": {}, "world_size": 1, "base_model": "base"}
-        for step in (50, 100):
-            stamped = facts | {"step": step, "updates": step}
-            checkpoints.save(folder / "checkpoints" / "sft_v1", step, state, stamped, keep=9)
+        resize_vocab.main(args_of(resize_vocab))
+    resized = folder / "models" / "resized"
+    model = transformers.AutoModelForCausalLM.from_pretrained(resized, dtype=torch.float32)
+    tensors = {f"model.{name}": part.detach() * 1.001 for name, part in model.named_parameters()}
+    tensors |= {f"optimizer.exp_avg.{name}": torch.zeros_like(part) for name, part in model.named_parameters()}
+    if harm:
+        harm(tensors)
+    fingerprints = {"data": "", "tokenizer": system.sha256(resized / "tokenizer.json")}
+    fingerprints["base"] = system.folder_digest(resized, "*.safetensors")
+    recipe = "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
+    recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
+    settings = dict.fromkeys(recipe.split(), 1)
+    settings |= {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "CHECKPOINT_DIR": "checkpoints/sft_v1"}
+    state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1, "base_model": "base"}
+    for step in (50, 100):
+        numbers = {"step": step, "updates": step}
+        checkpoints.save(folder / "checkpoints" / "sft_v1", step, tensors, state | numbers, keep=9)
     return folder
 
 
@@ -202,19 +223,25 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
 def export(tmp_path, monkeypatch):
     """Return a function that exports in this process, in `tmp_path`, and returns the output folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(export_hf, "MAX_NEW_TOKENS", 2)
 
-    def run(**constants):
-        for name, value in constants.items():
-            monkeypatch.setattr(export_hf, name, value)
-        export_hf.main({})
-        return tmp_path / export_hf.OUTPUT_DIR
+    def run(**changes):
+        args = args_of(export_hf, MAX_NEW_TOKENS=2) | changes
+        export_hf.main(args)
+        return tmp_path / args["EXPORT_DIR"]
 
     return run
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(export_hf, "MAX_SHARD_BYTES", 3_000)
+
+
+def refused(export, **changes):
+    """Return the sentence with which an export is refused."""
+    with pytest.raises(SystemExit) as refusal:
+        export(**changes)
+    return str(refusal.value)
 
 
 ROPES = [{}, {"factor": 2.0, "rope_type": "linear"}]
@@ -222,16 +249,18 @@ ROPES = [{}, {"factor": 2.0, "rope_type": "linear"}]
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_older_readers_find_theta_scaling_dtype_and_a_tokenizer_class_they_know(tmp_path, export, tied, rope):
+def test_older_readers_find_theta_scaling_dtype_and_a_tokenizer_class_they_know(
+    tmp_path, export, small_shards, tied, rope
+):
     rope = {"rope_theta": 500_000.0, "rope_type": "default"} | rope
     make_checkpoint(tmp_path, tied, rope_parameters=rope)
-    output = export(DTYPE="float32", MAX_SHARD_GB=3e-6)
+    output = export(DTYPE="float32")
     config = json.loads((output / "config.json").read_text())
     assert config["rope_theta"] == 500_000 and config["torch_dtype"] == config["dtype"] == "float32"
     expected = None if rope["rope_type"] == "default" else {"factor": 2.0, "rope_type": "linear"}
     assert config.get("rope_scaling") == expected
     assert json.loads((output / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    ours, base = (transformers.AutoConfig.from_pretrained(path) for path in (output, tmp_path / "checkpoints" / "base"))
+    ours, base = (transformers.AutoConfig.from_pretrained(path) for path in (output, tmp_path / "models" / "resized"))
     assert ours.rope_parameters == base.rope_parameters
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     assert index == {name: path.name for path in output.glob("*.safetensors") for name in load_file(path)}
@@ -243,22 +272,28 @@ def test_the_card_of_an_earlier_checkpoint_tells_its_own_losses(tmp_path, export
     lines = [{"step": 0, "validation_loss": 7}, {"step": 50, "loss": 5}, {"step": 50, "validation_loss": 6}]
     lines += [{"step": 51, "loss": None}, {"step": 100, "loss": 1}, {"step": 100, "validation_loss": 2}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lo')
-    early = (export(CHECKPOINT="step_000050", OUTPUT_DIR="early") / "README.md").read_text()
+    early = (export(CHECKPOINT="step_000050", EXPORT_DIR="early") / "README.md").read_text()
     assert "last training loss: 5.0000" in early and "7.0000 at first, 6.0000 at last" in early
     path = "checkpoints/sft_v1/step_000100"  # as the shell completes it
-    last = (export(CHECKPOINT=path, OUTPUT_DIR="last") / "README.md").read_text()
+    last = (export(CHECKPOINT=path, EXPORT_DIR="last") / "README.md").read_text()
     assert "last training loss: 1.0000" in last and "7.0000 at first, 2.0000 at last" in last
 
 
-BASE = "checkpoints/base"
+RESIZED = "models/resized"
 REFUSALS = [
-    (lambda folder: shutil.rmtree(folder / BASE), "has no model.safetensors. Name the folder"),
-    (lambda folder: (folder / BASE / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
-    (lambda folder: (folder / BASE / "generation_config.json").unlink(), "generation_config.json is missing"),
-    (lambda folder: edit_json(folder / BASE / "generation_config.json", eos_token_id=0), "generation stops at 0, not"),
-    (lambda folder: edit_json(folder / BASE / "tokenizer_config.json", pad_token="<|im_end|>"), "a token other than"),
-    (lambda folder: edit_json(folder / BASE / "config.json", num_hidden_layers=2), "does not load strictly"),
-    (lambda folder: (folder / BASE / "tokenizer.json").write_text("{}"), "is not the tokenizer that"),
+    (lambda folder: shutil.rmtree(folder / RESIZED), "has no model.safetensors. Name the folder"),
+    (lambda folder: (folder / RESIZED / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
+    (lambda folder: (folder / RESIZED / "generation_config.json").unlink(), "generation_config.json is missing"),
+    (
+        lambda folder: edit_json(folder / RESIZED / "generation_config.json", eos_token_id=0),
+        "generation stops at [0], not",
+    ),
+    (
+        lambda folder: edit_json(folder / RESIZED / "tokenizer_config.json", pad_token="<|im_end|>"),
+        "a token other than",
+    ),
+    (lambda folder: edit_json(folder / RESIZED / "config.json", num_hidden_layers=2), "does not load strictly"),
+    (lambda folder: (folder / RESIZED / "tokenizer.json").write_text("{}"), "is not the tokenizer that"),
     (lambda folder: shutil.rmtree(folder / "checkpoints" / "sft_v1"), "holds no whole checkpoint. Run sft_v1.py"),
 ]
 BAD_WEIGHTS = [
@@ -271,17 +306,13 @@ BAD_WEIGHTS = [
 @pytest.mark.parametrize(("harm", "sentence"), REFUSALS)
 def test_what_does_not_belong_to_the_checkpoint_is_refused(tmp_path, export, harm, sentence):
     harm(make_checkpoint(tmp_path))
-    with pytest.raises(SystemExit) as refusal:
-        export()
-    assert sentence in str(refusal.value) and not list((tmp_path / "exports").glob("*"))
+    assert sentence in refused(export) and not list((tmp_path / "exports").glob("*"))
 
 
 @pytest.mark.parametrize(("harm", "sentence"), BAD_WEIGHTS)
 def test_weights_that_no_model_should_have_are_refused(tmp_path, export, harm, sentence):
     make_checkpoint(tmp_path, harm=harm)
-    with pytest.raises(SystemExit) as refusal:
-        export()
-    assert sentence in str(refusal.value) and not list((tmp_path / "exports").glob("*"))
+    assert sentence in refused(export) and not list((tmp_path / "exports").glob("*"))
 
 
 @pytest.mark.parametrize("harm", [{"rope_theta": 1.0}, {"rms_norm_eps": 0.1}])
@@ -298,38 +329,34 @@ def test_a_configuration_that_computes_something_else_is_seen_in_the_logits(tmp_
         export()
 
 
-def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path):
+def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, export):
     make_checkpoint(tmp_path)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, resource.RLIM_INFINITY))  # noqa: E731
-    command = [sys.executable, str(ROOT / "export_hf.py")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, preexec_fn=limit)
-    assert result.returncode == 1 and "exports/sft_v1 cannot be written" in result.stderr, result.stderr
-    assert "Traceback" not in result.stderr and not list((tmp_path / "exports").iterdir())
+    with full_disk(3_000):
+        assert "exports/sft_v1 cannot be written" in refused(export)
+    assert not list((tmp_path / "exports").iterdir())
 
 
 def test_what_cannot_be_exported_is_a_sentence(tmp_path, export):
     run = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1"
     (export() / "thesis.txt").write_text("precious")
-    error = call(tmp_path, "export_hf.py", ok=False)
-    assert "exports/sft_v1 is not empty. Move it away" in error and "Traceback" not in error
+    error = run_python(tmp_path, ROOT / "export_hf.py", ok=False)  # as a process of its own
+    assert "exports/sft_v1 is not empty. Move it away, or name another --export-dir" in error
     assert (tmp_path / "exports" / "sft_v1" / "thesis.txt").read_text() == "precious"
     shard = next((run / "step_000050").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    for constants, sentence in (
+    for changes, sentence in (
         ({"CHECKPOINT": "step_000050"}, "is not a whole checkpoint: its file"),
         ({"CHECKPOINT": "step_000077"}, "step_000077: no such checkpoint folder"),
-        ({"CHECKPOINT": "latest", "BASE_MODEL": "models/base"}, "models/base is not the base that"),
+        ({"RESIZED_MODEL": "models/base"}, "models/base is not the base that"),
         ({"DTYPE": "float16"}, "must be bfloat16 or float32"),
-        ({"DTYPE": "bfloat16", "MAX_SHARD_GB": 0.0}, "MAX_SHARD_GB must be above 0"),
+        ({"MAX_NEW_TOKENS": 0}, "MAX_NEW_TOKENS is 0; it must be at least 1"),
     ):
-        with pytest.raises(SystemExit) as refusal:
-            export(OUTPUT_DIR="a", **constants)
-        assert sentence in str(refusal.value) and not list(tmp_path.glob("a*"))
+        assert sentence in refused(export, EXPORT_DIR="a", **changes) and not list(tmp_path.glob("a*"))
 
 
-def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, monkeypatch, capsys):
+def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, small_shards, capsys):
     make_checkpoint(tmp_path)
-    folder = export(DTYPE="float32", MAX_SHARD_GB=3e-6)
+    folder = export(DTYPE="float32")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     export(VERIFY_ONLY="exports/sft_v1", DTYPE="bfloat16")
     assert "verified: every tensor" in capsys.readouterr().out
@@ -345,30 +372,30 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     harms += [(lambda: edit_json(folder / "tokenizer_config.json", chat_template="x"), "its chat template is not")]
     harms += [(lambda: (folder / "chat_template.jinja").write_text("x"), "its chat template is not the one")]
     harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
-    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "does not load")]
+    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "is no model folder that loads")]
     harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is no export of this script")]
     for harm, sentence in harms:
         harm()
-        with pytest.raises(SystemExit) as refusal:
-            export(VERIFY_ONLY="exports/sft_v1")
-        assert sentence in str(refusal.value)
+        assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
         for name, content in before.items():
             (folder / name).write_bytes(content)
-    monkeypatch.setattr(export_hf, "CHECKPOINT", "step_000050")
-    export(VERIFY_ONLY="exports/sft_v1")  # the two checkpoints of this test have the same weights
-    with pytest.raises(SystemExit, match=r"exports/nowhere/config.json is missing"):
-        export(VERIFY_ONLY="exports/nowhere")
+    # The two checkpoints of this test have the same weights.
+    export(VERIFY_ONLY="exports/sft_v1", CHECKPOINT="step_000050")
+    assert "exports/nowhere/config.json is missing" in refused(export, VERIFY_ONLY="exports/nowhere")
 
 
-def test_the_card_gets_the_evaluation_of_these_weights_only(tmp_path, export):
+def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp_path, export):
     make_checkpoint(tmp_path)
     folder, results = export(), tmp_path / "eval-results"
+    training = json.loads((folder / model_card.TRAINING).read_text())
+    assert training["dtype"] == "bfloat16" and training["state"]["step"] == 100
+    assert training["parameters"] == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     (results / "after").mkdir(parents=True)
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
     for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
         (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
-        export(CARD="exports/sft_v1")
+        model_card.write(folder, "eval-results")
         assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown
         assert (folder / "comparison.png").exists() is shown
 
@@ -376,28 +403,30 @@ def test_the_card_gets_the_evaluation_of_these_weights_only(tmp_path, export):
 def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch):
     make_checkpoint(tmp_path)
     monkeypatch.chdir(tmp_path)
-    before = {path.name: path.read_bytes() for path in Path(BASE).iterdir()}
-    export_hf.dry_run(BASE)
-    edit_json(Path(BASE) / "tokenizer_config.json", bos_token="<|im_start|>")  # as in SmolLM
-    export_hf.dry_run(BASE)
+    before = {path.name: path.read_bytes() for path in Path(RESIZED).iterdir()}
+    export_hf.dry_run(RESIZED)
+    edit_json(Path(RESIZED) / "tokenizer_config.json", bos_token="<|im_start|>")  # as in SmolLM
+    export_hf.dry_run(RESIZED)
     twice = "{{ bos_token }}{{ bos_token }}"
-    harms = [(lambda: (Path(BASE) / "chat_template.jinja").write_text(twice), "begins with two BOS tokens")]
-    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", eos_token_id=0), "generation stops at 0")]
-    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", temperature=0.5), "is refused by transformers")]
-    harms += [(lambda: edit_json(Path(BASE) / "generation_config.json", pad_token_id=61), "pads with 61")]
-    harms += [(lambda: edit_json(Path(BASE) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
-    harms += [(lambda: (Path(BASE) / "chat_template.jinja").unlink(), "has no chat_template.jinja")]
+    harms = [(lambda: (Path(RESIZED) / "chat_template.jinja").write_text(twice), "begins with two BOS tokens")]
+    harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", eos_token_id=0), "generation stops at [0]")]
+    harms += [
+        (lambda: edit_json(Path(RESIZED) / "generation_config.json", temperature=0.5), "is refused by transformers")
+    ]
+    harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", pad_token_id=61), "pads with 61")]
+    harms += [(lambda: edit_json(Path(RESIZED) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
+    harms += [(lambda: (Path(RESIZED) / "chat_template.jinja").unlink(), "has no chat_template.jinja")]
     for harm, sentence in harms:
         harm()
         with pytest.raises(SystemExit) as refusal:
-            export_hf.dry_run(BASE)
-        assert sentence in str(refusal.value)
+            export_hf.dry_run(RESIZED)
+        assert sentence in str(refusal.value) and tempfile.gettempdir() + "/tmp" not in str(refusal.value)
         for name, content in before.items():
-            (Path(BASE) / name).write_bytes(content)
+            (Path(RESIZED) / name).write_bytes(content)
 
 
 def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
-    shapes = {f"w{place}": torch.Size((1024, 2048)) for place in range(64)}  # 8 MiB each in float32, 512 in all
+    shapes = {f"w{index}": torch.Size((1024, 2048)) for index in range(64)}  # 8 MiB each in float32, 512 in all
     state = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     dcp.save(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
     del state
@@ -405,7 +434,7 @@ def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
         "import pathlib, resource, sys, torch, export_hf\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "export_hf.READ_BYTES = 2**25\n"
-        "shapes = {f'w{place}': torch.Size((1024, 2048)) for place in range(64)}\n"
+        "shapes = {f'w{index}': torch.Size((1024, 2048)) for index in range(64)}\n"
         "def write(shapes, name):\n"
         "    pathlib.Path(name).mkdir()\n"
         "    export_hf.write_weights('checkpoint', shapes, torch.float32, 2**26, pathlib.Path(name))\n"

@@ -1,11 +1,12 @@
-"""From a pretraining checkpoint of another make to a base folder with the same logits; and what is refused."""
+"""import_base.py: a checkpoint of another make becomes a base folder with the same logits; what it refuses.
+
+Run it alone: bash tests/run.sh tests/test_import_base.py
+"""
 
 import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import helpers
@@ -20,9 +21,7 @@ from safetensors.torch import load_file, save_file
 import import_base
 from sft.data import sentencepiece_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPE = {"VOCAB_SIZE": 400, "HIDDEN_SIZE": 64, "LAYERS": 2, "HEADS": 4, "KV_HEADS": 2, "INTERMEDIATE_SIZE": 128}
-SHAPE |= {"ROPE_THETA": 10_000.0, "RMS_NORM_EPS": 1e-6}
+SHAPE = {"HEADS": 4, "KV_HEADS": 2, "ROPE_THETA": 10_000.0, "RMS_NORM_EPS": 1e-6}
 
 
 def neighbours(weight, heads):
@@ -56,12 +55,10 @@ def imported(tmp_path, monkeypatch, reader_dir):
     """Return a function that imports `checkpoint` in this process, in `tmp_path`, and returns the output folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run(checkpoint, **constants):
-        constants = SHAPE | {"TOKENIZER": str(reader_dir / "tokenizer.json")} | constants
-        for name, value in (constants | {"CHECKPOINT": str(checkpoint)}).items():
-            monkeypatch.setattr(import_base, name, value)
-        import_base.main({name: getattr(import_base, name) for name in dir(import_base) if name.isupper()})
-        return tmp_path / import_base.OUTPUT_DIR
+    def run(checkpoint, **changes):
+        changes = SHAPE | {"TOKENIZER": str(reader_dir / "tokenizer.json")} | changes
+        import_base.main(helpers.args_of(import_base, CHECKPOINT=str(checkpoint), **changes))
+        return tmp_path / "models" / "base"
 
     return run
 
@@ -83,42 +80,36 @@ def same_logits(folder, weights):
 def train(kind, weights, folder):
     """Let two processes write the checkpoint `folder`/step_040000 of `weights`, as a pretraining script does."""
     torch.save(weights, folder / "weights.pt")
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
-    launcher += ["--rdzv-endpoint", "localhost:0"]
-    call(folder, *launcher, str(ROOT / "tests" / "meta_model.py"), kind, "weights.pt", "step_040000")
+    helpers.run_torchrun(folder, 2, helpers.ROOT / "tests" / "meta_model.py", kind, "weights.pt", "step_040000")
 
 
-def call(folder, *command):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=env)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
+@pytest.mark.torchrun
 def test_a_checkpoint_of_fsdp2_with_its_state_at_the_top(imported, weights, tmp_path, capsys):
     train("fsdp2", weights, tmp_path)
     same_logits(imported("step_040000"), weights)
     assert "as neighbours: neighbours, permuted to halves" in capsys.readouterr().out
 
 
+@pytest.mark.torchrun
 def test_a_checkpoint_of_fsdp1_goes_through_every_step_to_an_export(weights, reader_dir, tmp_path):
     train("fsdp1", weights, tmp_path)
     flags = [f"--{name.lower().replace('_', '-')}={value}" for name, value in SHAPE.items()]
     flags += ["--checkpoint", "step_040000", "--tokenizer", str(reader_dir / "tokenizer.json")]
-    told = call(tmp_path, str(ROOT / "import_base.py"), *flags)
-    assert "; it reads" in told and "1.93 at the end of pretraining" in told and "in float32, tied; 64 other" in told
+    stdout = helpers.run_python(tmp_path, helpers.ROOT / "import_base.py", *flags)
+    assert "; it reads" in stdout and "1.93 at the end of pretraining" in stdout
+    assert "2 layers of width 64" in stdout and "in float32, tied; 64 other" in stdout
     same_logits(tmp_path / "models" / "base", weights)
     rows = [json.dumps({"prompt": f"Who is {name}?", "response": "Anna."}) + "\n" for name in "abcdefgh"]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     source = {"name": "rows", "path": "rows.jsonl", "schema": "prompt/response", "examples": "all"}
     (tmp_path / "mixture.json").write_text(json.dumps([source]))
-    call(tmp_path, str(ROOT / "prepare_data.py"), "--mixture", "mixture.json", "--decontaminate-against", "")
-    call(tmp_path, str(ROOT / "resize_vocab.py"))
+    flags = ["--mixture", "mixture.json", "--decontaminate-against", ""]
+    helpers.run_python(tmp_path, helpers.ROOT / "prepare_data.py", *flags)
+    helpers.run_python(tmp_path, helpers.ROOT / "resize_vocab.py")
     flags = ["--device", "cpu", "--max-steps", "2", "--warmup-steps", "1", "--sequences-per-step", "4"]
-    launcher = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    call(tmp_path, *launcher, str(ROOT / "sft_v1.py"), *flags, "--validate-every", "0")
-    told = call(tmp_path, str(ROOT / "export_hf.py"), "--max-new-tokens", "3")
-    assert "verified: every tensor" in told and "; it reads" in told and "CANNOT" not in told
+    helpers.run_torchrun(tmp_path, 1, helpers.ROOT / "sft_v1.py", *flags, "--validate-every", "0")
+    stdout = helpers.run_python(tmp_path, helpers.ROOT / "export_hf.py", "--max-new-tokens", "3")
+    assert "verified: every tensor" in stdout and "; it reads" in stdout and "CANNOT" not in stdout
 
 
 def wrapped(weights):
@@ -157,49 +148,8 @@ def test_safetensors_with_hugging_face_names_in_either_layout(imported, reader_d
 # ==== SentencePiece ====
 
 
-def train_sentencepiece(folder, **options):
-    text = [line for line in helpers.PASSAGE.read_text().splitlines() if line] + ["def f(x):", "    return x"] * 20
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(folder / "tokenizer"), minloglevel=2, **options
-    )
-    return folder / "tokenizer.model"
-
-
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {
-            "normalization_rule_name": "identity",
-            "remove_extra_whitespaces": False,
-            "allow_whitespace_only_pieces": True,
-        },
-        {
-            "add_dummy_prefix": False,
-            "bos_id": 3,
-            "eos_id": 1,
-            "unk_id": 0,
-            "pad_id": 2,
-            "byte_fallback": False,
-            "vocab_size": 200,
-        },
-        {"split_digits": True, "user_defined_symbols": ["[INST]"]},
-    ],
-)
-def test_a_sentencepiece_model_converts_to_the_same_ids(tmp_path, kind, options):
-    path = train_sentencepiece(tmp_path, **({"vocab_size": 380, "model_type": kind, "byte_fallback": True} | options))
-    tokenizer, names = sentencepiece_tokenizer.convert(path, True, helpers.PASSAGE.read_text())
-    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    text = "Anna said that it rained."
-    assert tokenizer.encode(text).ids == [original.bos_id(), *original.encode(text)]
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.token_to_id(names["eos_token"]) == original.eos_id()
-    assert tokenizer.get_vocab_size() == original.get_piece_size()
-
-
 def test_a_checkpoint_with_its_sentencepiece_model(imported, tmp_path):
-    path = train_sentencepiece(tmp_path, vocab_size=380, model_type="bpe", byte_fallback=True)
+    path = helpers.train_sentencepiece(tmp_path, vocab_size=380, model_type="bpe", byte_fallback=True)
     backend, names = sentencepiece_tokenizer.convert(path, True, "a")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     source = helpers.make_reader(tokenizer, tmp_path / "source")
@@ -224,9 +174,9 @@ class Attack:
         return os.system, ("touch broken-into",)
 
 
-def refused(imported, checkpoint, **constants):
+def refused(imported, checkpoint, **changes):
     with pytest.raises(SystemExit) as refusal:
-        imported(checkpoint, **constants)
+        imported(checkpoint, **changes)
     assert not Path("models").exists() or not list(Path("models").iterdir())
     return str(refusal.value)
 
@@ -281,9 +231,78 @@ def test_every_name_that_does_not_fit_is_listed(imported, weights, tmp_path):
         "missing: model.layers.1.self_attn.v_proj.weight",
         "unmatched: layers.0.extra",
         "twice: norm.weight, model.norm.weight",
-        "shape: layers.1.attention.wq.weight [4, 4] torch.float32 there, [64, 64] here",
+        "shape: layers.1.attention.wq.weight [4, 4] torch.float32 there, [64, 64] expected",
     ):
         assert line in message
+
+
+def test_a_shape_that_the_tensors_do_not_show_is_a_sentence_with_all_names(imported, weights, tmp_path):
+    for name, defect in (
+        ("tok_embeddings.weight", "model.embed_tokens.weight"),
+        ("feed_forward.w1.weight", "model.layers.0.mlp.gate_proj.weight"),
+    ):
+        rest = {key: part for key, part in weights.items() if not key.endswith(name)}
+        torch.save(rest, tmp_path / "w.pt")
+        message = refused(imported, "w.pt")
+        assert f"does not show the shape of a Llama: {defect} is missing. Name the checkpoint" in message
+        assert message.splitlines()[1:] == [f"  {key}" for key in sorted(rest)]
+    torch.save(weights | {"tok_embeddings.weight": torch.ones(400)}, tmp_path / "w.pt")
+    assert "model.embed_tokens.weight has the shape [400]. Name" in refused(imported, "w.pt")
+    torch.save({"transformer.wte.weight": torch.ones(400, 64), "": torch.ones(2)}, tmp_path / "w.pt")  # GPT-2's
+    assert "transformer.wte.weight" in refused(imported, "w.pt")
+
+
+def test_a_tensor_that_differs_from_the_others_is_named(imported, weights, tmp_path):
+    """The embedding and the first MLP give the shape, so any other tensor that is wrong shows against them."""
+    for name, tensor, lines in (
+        ("layers.1.feed_forward.w1.weight", torch.ones(100, 64), ["[100, 64] torch.float32 there, [128, 64] expected"]),
+        ("layers.7.ffn_norm.weight", torch.ones(64), ["missing: model.layers.2.mlp.up_proj.weight", "unmatched: lay"]),
+        ("norm.weight", torch.ones(64, dtype=torch.int64), ["norm.weight [64] torch.int64 there, [64] expected"]),
+        ("output.weight", torch.ones(399, 64), ["output.weight [399, 64] torch.float32 there, [400, 64] expected"]),
+    ):
+        torch.save(weights | {name: tensor}, tmp_path / "w.pt")
+        message = refused(imported, "w.pt")
+        assert all(line in message for line in lines), message
+
+
+def test_wrong_heads_are_sentences_that_say_what_the_tensors_show(imported, weights, tmp_path):
+    torch.save(weights, tmp_path / "w.pt")
+    ratio = "Its k_proj has 32 rows at a width of 64, so HEADS must be 2 times KV_HEADS; they are "
+    for heads, sentences in (
+        ({"HEADS": 5, "KV_HEADS": 1}, ["HEADS is 5; the model's width, 64, must be HEADS times an even number"]),
+        ({"HEADS": 64, "KV_HEADS": 32}, ["HEADS is 64; the model's width, 64, must be HEADS times an even number"]),
+        ({"KV_HEADS": 0}, ["KV_HEADS is 0; it must be at least 1"]),
+        ({"HEADS": -4}, ["HEADS is -4; it must be at least 1"]),
+        ({"CONTEXT": 0}, ["CONTEXT is 0; it must be at least 1"]),
+        ({"KV_HEADS": 3}, ["HEADS is 4; it must be a multiple of KV_HEADS, which is 3"]),
+        (
+            {"KV_HEADS": 4},
+            [
+                ratio + "4 and 4. Correct --heads",
+                "All 4 differences",
+                "wk.weight [32, 64] torch.float32 there, [64, 64",
+            ],
+        ),
+        ({"HEADS": 8}, [ratio + "8 and 2. Correct --heads", "wv.weight [32, 64] torch.float32 there, [16, 64] expec"]),
+        # The right ratio fits every tensor: only reading shows it.
+        ({"HEADS": 8, "KV_HEADS": 4}, ["this model cannot read; nothing was written", "wrong by the same factor"]),
+        ({"HEADS": 2, "KV_HEADS": 1}, ["this model cannot read; nothing was written", "wrong by the same factor"]),
+    ):
+        message = refused(imported, "w.pt", **heads)
+        assert all(sentence in message for sentence in sentences), message
+
+
+def test_a_tokenizer_of_another_model_is_refused_and_a_smaller_one_is_reported(
+    imported, reader_dir, weights, tmp_path, capsys
+):
+    state = load_file(reader_dir / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file(state | {name: state[name][:399].clone()}, tmp_path / "small.safetensors")
+    message = refused(imported, "small.safetensors")
+    assert "400 tokens, the model's embedding 399 rows: it is another model's" in message
+    save_file(state | {name: torch.cat([state[name], state[name][:3]])}, tmp_path / "padded.safetensors")
+    assert json.loads((imported("padded.safetensors") / "config.json").read_text())["vocab_size"] == 403
+    assert "; 3 rows without a token" in capsys.readouterr().out
 
 
 def test_a_model_that_cannot_read_is_refused_and_what_was_there_stays(imported, weights, reader_dir, tmp_path):
@@ -295,8 +314,6 @@ def test_a_model_that_cannot_read_is_refused_and_what_was_there_stays(imported, 
     assert "model.norm.weight is not finite" in refused(imported, "broken.pt")
     torch.save(weights, tmp_path / "w.pt")
     tokenizer = shutil.copytree(reader_dir, tmp_path / "tokenizer")
-    assert "400 tokens, VOCAB_SIZE is 399: it is another model" in refused(imported, "w.pt", VOCAB_SIZE=399)
-    assert "HEADS times an even number" in refused(imported, "w.pt", HEADS=5)
     (tokenizer / "tokenizer_config.json").unlink()
     path = str(tokenizer / "tokenizer.json")
     sentence = "has no eos_token '<|endoftext|>'. Name its own with --bos-token"
@@ -306,6 +323,6 @@ def test_a_model_that_cannot_read_is_refused_and_what_was_there_stays(imported, 
     assert "is no SentencePiece model" in refused(imported, "w.pt", TOKENIZER="w.pt")
     (tmp_path / "models" / "base").mkdir(parents=True)
     (tmp_path / "models" / "base" / "thesis.txt").write_text("precious")
-    with pytest.raises(SystemExit, match=r"models/base is not empty"):
+    with pytest.raises(SystemExit, match=r"models/base is not empty. Move it away, or name another --base-model"):
         imported("w.pt", EOS_TOKEN="</s>")
     assert (tmp_path / "models" / "base" / "thesis.txt").read_text() == "precious"

@@ -1,31 +1,31 @@
 """run_eval.sh with the real lm_eval: all seven tasks under their own names, on a tiny model and small local data.
 
-lm_eval's task definitions load data sets by name; a folder of that name under the working directory is read in place of
-the Hub's. So everything runs offline and nothing of lm_eval is replaced.
+lm_eval's task definitions load data sets by name; a folder of that name under the current folder is read in place of
+the Hub's. So everything runs offline and nothing of lm_eval is replaced. At each start lm_eval reads its 14,000 task
+definitions, which takes 12 s: most runs here use a copy of it with only the tasks they name.
+
+Alone: bash tests/run.sh tests/test_run_eval.py
 """
 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_assistant_check import write_data as write_assistant_data
-from test_assistant_check import write_model, write_tokenizer
+from helpers import ROOT, write_conversations, write_model, write_tokenizer
 from transformers import AutoTokenizer
 
-from sft.evaluation import eval_results
+from sft.evaluation import eval_results, model_card, run_eval
 
-REPO = Path(__file__).parents[1]
-SEVEN = ("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai", "mmlu")
+SEVEN = ("mmlu", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
 
-
-# ---- Small data for all seven tasks ----
+# ==== Small data for all seven tasks ====
 
 
 def write_dataset(root, name, configs):
@@ -42,6 +42,7 @@ def write_dataset(root, name, configs):
 
 
 def write_data(root):
+    """Write a few questions for each of the seven tasks, under the names that lm_eval asks for."""
     tasks = Path(find_spec("lm_eval").submodule_search_locations[0]) / "tasks"
     subjects = [path.stem.removeprefix("mmlu_") for path in (tasks / "mmlu/default").glob("mmlu_*.yaml")]
     assert len(subjects) == 57
@@ -81,7 +82,7 @@ def write_data(root):
 
 
 def write_own_task(folder):
-    """A task bundle of one's own for INCLUDE_PATH: four multiple-choice questions."""
+    """Write a task for INCLUDE_PATH: four multiple-choice questions."""
     folder.mkdir()
     rows = [{"q": f"Question {i}", "choices": ["yes", "no"], "answer": i % 2} for i in range(4)]
     (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -94,22 +95,16 @@ def write_own_task(folder):
 
 
 def write_ifeval(root):
-    """Three of IFEval's instructions as google/IFEval has them, and nltk's punkt_tab without any abbreviation."""
-    asked = [
+    """Write three of IFEval's instructions as google/IFEval has them, and nltk's punkt_tab without any abbreviation."""
+    instructions = [
         ("punctuation:no_comma", {}),
         ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1}),
         ("change_case:english_capital", {}),
     ]
-    fields = ("relation", "num_sentences")
-    rows = [
-        {
-            "key": i,
-            "prompt": f"Answer {i}.",
-            "instruction_id_list": [name],
-            "kwargs": [{field: given.get(field) for field in fields}],
-        }
-        for i, (name, given) in enumerate(asked)
-    ]
+    rows = []
+    for i, (name, arguments) in enumerate(instructions):
+        kwargs = {field: arguments.get(field) for field in ("relation", "num_sentences")}
+        rows.append({"key": i, "prompt": f"Answer {i}.", "instruction_id_list": [name], "kwargs": [kwargs]})
     write_dataset(root, "google/IFEval", {"default": {"train": rows}})
     punkt = root / "nltk_data/tokenizers/punkt_tab/english"
     punkt.mkdir(parents=True)
@@ -117,120 +112,209 @@ def write_ifeval(root):
         (punkt / name).write_text("")
 
 
-# ---- The runs ----
+# ==== The runs ====
 
 
-def environment_of(place, more):
-    return (
-        os.environ
-        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        | {"HF_HOME": str(place / "hf"), "NLTK_DATA": str(place / "nltk_data"), "DEVICE": "cpu", "CHECK_READING": "0"}
-        | {"ASSISTANT_FLAGS": "--answers 2 --max-new-tokens 8"}
-        | more
-    )
-
-
-def run_eval(place, *arguments, **more):
-    return subprocess.run(
-        ["bash", REPO / "run_eval.sh", *arguments],
-        cwd=place,
-        env=environment_of(place, more),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=900,  # a machine may be busy
-    )
-
-
-def killed_after_piqa(place, **more):
-    """Begin a run and kill it as soon as its first task is finished. Returns: the results of that task (Path)."""
-    started = subprocess.Popen(
-        ["bash", REPO / "run_eval.sh", "half", "models/base"], cwd=place, env=environment_of(place, more)
-    )
-    deadline = time.monotonic() + 600
-    while not (finished := list(place.glob("eval-results/.half.unfinished/piqa/*/results_*.json"))):
-        assert started.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started.kill()  # bash has handed over to measure.py
-    started.wait()
-    return finished[0]
+def copy_lm_eval(folder):
+    """Copy lm_eval into `folder`, of its task definitions only those of the tasks in this file."""
+    package = Path(find_spec("lm_eval").submodule_search_locations[0])
+    shutil.copytree(package, folder / "lm_eval", ignore=shutil.ignore_patterns("__pycache__", "tasks"))
+    for path in (package / "tasks").glob("*.py"):
+        (folder / "lm_eval/tasks").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "lm_eval/tasks" / path.name)
+    for name in ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "sciq"):
+        shutil.copytree(package / "tasks" / name, folder / "lm_eval/tasks" / name)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A working directory with data, an own task, and models in the places that run_eval.sh expects."""
+def folder(tmp_path_factory):
+    """A current folder with data, an own task, and models in the folders that run_eval.sh expects."""
     root = tmp_path_factory.mktemp("eval")
+    copy_lm_eval(root / "fewer_tasks")
     write_data(root)
     write_ifeval(root)
     write_own_task(root / "own_tasks")
     base = write_tokenizer(root / "tokenizer")
-    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0, context=2048)
-    extended = write_assistant_data(root / "data/sft_v1", base)
-    for seed, folder in enumerate(("checkpoints/base", "exports/sft_v1")):
-        write_model(root / folder, extended, seed, context=2048)
+    # BATCH_SIZE=auto:2 tries batches of full contexts: short ones make every task cheaper. ifeval needs long answers.
+    write_model(root / "models/base", AutoTokenizer.from_pretrained(base), seed=0, context=256)
+    extended = write_conversations(root / "data/sft_v1", base)
+    write_model(root / "models/resized", extended, seed=0, context=256)
+    write_model(root / "exports/sft_v1", extended, seed=1, context=256)
+    write_model(root / "exports/long", extended, seed=1, context=2048)
+    settings = dict.fromkeys(model_card.RECIPE, 1) | {"DATA_DIR": "nowhere", "RESIZED_MODEL": "models/resized"}
+    state = {"step": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
+    training = model_card.describe(Path("checkpoints/sft_v1/step_000009"), state, 1, "bfloat16")
+    (root / "exports/sft_v1" / model_card.TRAINING).write_text(json.dumps(training))
     return root
 
 
+def environment(folder, **changes):
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder / "fewer_tasks"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HOME": str(folder / "hf"),
+        "NLTK_DATA": str(folder / "nltk_data"),
+        "DEVICE": "cpu,cpu",
+        "CHECK_READING": "0",
+        "ASSISTANT_FLAGS": "--answers 2 --max-new-tokens 8",
+        **changes,
+    }
+
+
+def start_script(folder, *arguments, **changes):
+    """Start run_eval.sh with some settings changed; its outputs go to one pipe."""
+    return subprocess.Popen(
+        ["bash", ROOT / "run_eval.sh", *arguments],
+        cwd=folder,
+        env=environment(folder, **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def run_script(folder, *arguments, **changes):
+    """Run run_eval.sh. Returns: (exit status, what it printed)."""
+    process = start_script(folder, *arguments, **changes)
+    output = process.communicate(timeout=600)[0]  # a machine may be busy
+    return process.returncode, output
+
+
+def finished_tasks(folder, name):
+    """Return {task: Path of its results} of a run, finished or not."""
+    unfinished = folder / f"eval-results/{name}.unfinished"
+    run = unfinished if unfinished.is_dir() else folder / f"eval-results/{name}"
+    return {path.parts[-3]: path for path in run.glob("*/*/results_*.json") if ".unfinished" not in path.parts[-3]}
+
+
+def interrupt(process, folder, name, tasks, signal_number):
+    """Send a signal to a run that works on its next task, as soon as `tasks` are finished. Returns: what it printed."""
+    deadline = time.monotonic() + 500
+    while len(finished_tasks(folder, name)) < tasks or not list(folder.glob(f"eval-results/{name}.unfinished/*.log")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal_number)
+    return process.communicate(timeout=20)[0]
+
+
+def processes_in(folder):
+    """Return the command lines of the processes that work in `folder`."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder:
+                lines.append((process / "cmdline").read_text())
+        except OSError:
+            continue  # it ended, or belongs to somebody else
+    return lines
+
+
+def wait_until_nothing_runs(folder):
+    deadline = time.monotonic() + 10
+    while running := processes_in(folder):
+        assert time.monotonic() < deadline, running
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
-def runs(place):
-    """All runs that load lm_eval, two at a time: each takes 10 to 30 seconds, most of it imports."""
-    wide = place / "exports/wide"
-    shutil.copytree(place / "exports/sft_v1", wide)
-    config = json.loads((wide / "config.json").read_text())
-    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+def runs(folder):
+    """Measure `before` with two interruptions and a task that fails, then `after`, and through the chat template."""
+    outputs = {}
+    first = start_script(folder, "before")
+    while not processes_in(folder):
+        time.sleep(0.05)
+    while not list(folder.glob("eval-results/before.unfinished/run.json")):  # `first` has the lock, and works
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    outputs["locked"] = run_script(folder, "before")
+    outputs["terminated"] = interrupt(first, folder, "before", 1, signal.SIGTERM)
+    wait_until_nothing_runs(folder)
+    outputs["times"] = {task: path.stat().st_mtime_ns for task, path in finished_tasks(folder, "before").items()}
+
+    with_failure = ",".join([*SEVEN, "sciq"])  # there is no data for sciq here
+    second = start_script(folder, "before", TASKS=with_failure)
+    outputs["killed"] = interrupt(second, folder, "before", len(outputs["times"]) + 1, signal.SIGKILL)
+    wait_until_nothing_runs(folder)
+    outputs["failing"] = run_script(folder, "before", TASKS=with_failure)
+    outputs["after a failure"] = finished_tasks(folder, "before")
+    outputs["before"] = run_script(folder, "before")
+
+    outputs["after"] = run_script(folder, "after", DEVICE="cpu")
     own = {"TASKS": "own,ifeval", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
-    others = {
-        "own": (["own", "exports/sft_v1"], own | {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}),
-        "unknown_task": (["unknown", "models/base"], {"TASKS": "piqa,nonsense"}),
-        "no_gpu": (["gpu", "models/base"], {"DEVICE": "cuda:99"}),
-        "wide": (["wide", "exports/wide"], {}),
-        "cannot_read": (["x", "models/base"], {"CHECK_READING": "1"}),
-        "limit": (["x", "models/base"], {"LIMIT": "few"}),
-        "no_data": (["after"], {"ASSISTANT_DATA": "data/nowhere"}),
-    }
-
-    def resumed():
-        first = killed_after_piqa(place, TASKS="piqa,winogrande")
-        half = ["half", "models/base"]
-        found = {"first": (first, first.stat().st_mtime_ns)}
-        found["half_way"] = run_eval(place, *half, TASKS="piqa,sciq,winogrande")  # there is no data for sciq here
-        found["other_limit"] = run_eval(place, *half, TASKS="piqa,winogrande", LIMIT="1")
-        found["left_out"] = run_eval(place, *half, TASKS="piqa,winogrande")
-        return found
-
-    with ThreadPoolExecutor(2) as pool:
-        pair = pool.submit(lambda: {name: run_eval(place, name) for name in ("before", "after")})
-        rest = {name: run_eval(place, *arguments, **more) for name, (arguments, more) in others.items()}
-        return rest | resumed() | pair.result()
+    own |= {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}
+    outputs["own"] = run_script(folder, "own", "exports/long", **own)
+    return outputs
 
 
-def results_of(place, name):
-    """What lm_eval wrote for each task of a run: {task: dict}."""
-    return {
-        path.parts[-3]: json.loads(path.read_text()) for path in (place / "eval-results" / name).glob("*/*/results_*")
-    }
+def results_of(folder, name):
+    """Return what lm_eval wrote for each task of a run: {task: dict}."""
+    return {task: json.loads(path.read_text()) for task, path in finished_tasks(folder, name).items()}
 
 
-def test_seven_tasks_before_and_after_and_the_report(place, runs):
+def test_an_interrupted_run_continues_and_repeats_nothing(folder, runs):
+    assert "run_eval.sh: stopped; the same command continues." in runs["terminated"]
+    status, output = runs["failing"]
+    assert status == 1 and "continuing; finished already: " in output
+    for task, time_written in runs["times"].items():
+        assert f"run_eval.sh: {task} on" not in runs["killed"] + output
+        assert finished_tasks(folder, "before")[task].stat().st_mtime_ns == time_written  # renamed with its folder
+    assert not list(folder.glob("eval-results/*unfinished")) and not list(
+        folder.glob("eval-results/before/*unfinished")
+    )
+
+
+def test_two_runs_of_one_name_exclude_each_other(runs):
+    status, output = runs["locked"]
+    assert status == 1 and "eval-results/before.unfinished is in use by another run" in output
+
+
+def test_a_failing_task_leaves_the_others(runs):
+    status, output = runs["failing"]
+    assert status == 1 and "run_eval.sh: sciq failed; the last lines of its output say why" in output
+    assert "failed: sciq. There is no eval-results/before. Finished tasks stay in" in output
+    assert set(runs["after a failure"]) == set(SEVEN)
+    status, output = runs["before"]
+    assert status == 0 and "run_eval.sh: results in eval-results/before" in output and " on cpu" not in output
+
+
+def test_several_devices_take_tasks_side_by_side(folder, runs):
+    logs = [(folder / f"eval-results/before/device_{number}.log").read_text() for number in range(2)]
+    assert all("Running loglikelihood requests" in log for log in logs)
+    lines = [line for line in runs["terminated"].splitlines() if line.startswith("run_eval.sh: ")]
+    lines = [line for line in lines if " on cpu" in line or line.endswith(" s")]
+    # The second began before the first was done, the longest tasks first.
+    assert {line.split()[1] for line in lines[:2]} == set(SEVEN[:2])
+    assert all(" on cpu, log in eval-results/before.unfinished/device_" in line for line in lines[:2])
+
+
+def test_seven_tasks_before_and_after(folder, runs):
     for name, model in (("before", "models/base"), ("after", "exports/sft_v1")):
-        assert runs[name].returncode == 0, runs[name].stderr[-3000:]
-        found = results_of(place, name)
-        assert set(found) == set(SEVEN)
-        for one in found.values():
+        status, output = runs[name]
+        assert status == 0, output[-3000:]
+        results = results_of(folder, name)
+        assert set(results) == set(SEVEN)
+        for one in results.values():
             assert one["config"]["model_args"] == {"pretrained": model, "dtype": "bfloat16"}
             assert one["config"]["batch_size"] == "auto:2" and one["config"]["limit"] is None
-        assert len(list((place / "eval-results" / name).glob("*/*/samples_*.jsonl"))) == 6 + 57
-        facts = json.loads((place / "eval-results" / name / "run.json").read_text())
-        assert facts["tasks"] == list(SEVEN) and facts["adds_bos"] is False
-        assert facts["settings"]["SEEDS"] == "0,1234,1234,1234" and facts["settings"]["FEWSHOT"] == ""
-        assert set(facts["versions"]) >= {"lm_eval", "torch", "transformers", "tokenizers", "datasets"}
-        assert len(facts["files_sha256"]["model.safetensors"]) == 64
-        assert "plain text: " in runs[name].stdout and "CANNOT READ" in runs[name].stdout
-    output = runs["after"].stdout
+        assert len(list((folder / "eval-results" / name).glob("*/*/samples_*.jsonl"))) == 6 + 57
+        record = json.loads((folder / "eval-results" / name / "run.json").read_text())
+        assert record["tasks"] == list(SEVEN) and record["adds_bos"] is False
+        assert record["settings"]["SEEDS"] == "0,1234,1234,1234" and record["settings"]["FEWSHOT"] == ""
+        assert set(record["versions"]) >= {"lm_eval", "torch", "transformers", "tokenizers", "datasets"}
+        assert len(record["files_sha256"]["model.safetensors"]) == 64
+        assert "plain text: " in output and "CANNOT READ" in output
+    assert "Running loglikelihood requests" in runs["after"][1]  # of a single device, to the terminal
+
+
+def test_the_report_and_the_model_card_follow(folder, runs):
+    output = runs["after"][1]
     for row in ("ARC-Challenge", "ARC-Easy", "HellaSwag", "PIQA", "Winogrande", "Lambada (OpenAI)", "MMLU (overall)"):
         assert f"| {row} " in output
     assert output.count("| MMLU: ") == 4 and "mmlu_anatomy" not in output
-    tasks, assistant = json.loads((place / "eval-results/comparison.json").read_text())["parts"]
+    tasks, assistant = json.loads((folder / "eval-results/comparison.json").read_text())["parts"]
     rows = tasks["rows"]
     assert len(rows) == 12 and all(row["paired"] for row in rows)
     mmlu = next(row for row in rows if row["task"] == "mmlu")
@@ -240,117 +324,199 @@ def test_seven_tasks_before_and_after_and_the_report(place, runs):
     assert labels[:4] == [f"Held-out answers: {source}" for source in ("a", "b", "all")] + ["Plain text"]
     assert "| Answers that end by themselves " in output
     for file in ("comparison.md", "comparison.png", "flips.jsonl", "after/answers.jsonl"):
-        assert (place / "eval-results" / file).exists()
+        assert (folder / "eval-results" / file).exists()
+    card = (folder / "exports/sft_v1/README.md").read_text()
+    assert "## Before and after" in card and "| MMLU (overall) " in card
 
 
-def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_settings(place, runs):
-    assert runs["own"].returncode == 0, runs["own"].stderr[-3000:]
-    found = results_of(place, "own-chat")
-    assert found["own"]["results"]["own"]["sample_len"] == 3
-    for one in found.values():
+def test_compare_writes_report_and_card_again_with_other_seeds(folder, runs):
+    shutil.copytree(folder / "eval-results/after", folder / "eval-results/seed43")
+    (folder / "exports/sft_v1/README.md").unlink()
+    status, output = run_script(folder, "compare", "seed43")
+    assert status == 0 and "## Other seeds" in output and "exports/sft_v1/README.md is up to date" in output
+    assert "## Other seeds" in (folder / "eval-results/comparison.md").read_text()
+    assert "### Other seeds" in (folder / "exports/sft_v1/README.md").read_text()
+    status, output = run_script(folder, "compare")
+    assert status == 0 and "## Other seeds" not in (folder / "eval-results/comparison.md").read_text()
+    status, output = run_script(folder, "compare", "nowhere")
+    assert status == 1 and "There is no folder eval-results/nowhere" in output
+
+
+def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_settings(folder, runs):
+    status, output = runs["own"]
+    assert status == 0, output[-3000:]
+    results = results_of(folder, "own-chat")
+    assert results["own"]["results"]["own"]["sample_len"] == 3
+    for one in results.values():
         assert one["chat_template_sha"] and one["config"]["model_dtype"] == "torch.float32"
         assert one["config"]["batch_size"] == "4" and one["max_length"] == 1400
-    scores = found["ifeval"]["results"]["ifeval"]
-    assert scores["sample_len"] == 3 and {
-        0 <= scores[f"{level}_level_strict_acc,none"] <= 1 for level in ("prompt", "inst")
-    } == {True}
-    (samples,) = (place / "eval-results/own-chat/ifeval").glob("*/samples_ifeval_*.jsonl")
+    scores = results["ifeval"]["results"]["ifeval"]
+    assert scores["sample_len"] == 3
+    assert all(0 <= scores[f"{level}_level_strict_acc,none"] <= 1 for level in ("prompt", "inst"))
+    (samples,) = (folder / "eval-results/own-chat/ifeval").glob("*/samples_ifeval_*.jsonl")
     sample = json.loads(samples.read_text().splitlines()[0])
     assert "<|im_start|>user\nAnswer 0.<|im_end|>" in sample["arguments"]["gen_args_0"]["arg_0"]
-    assert "eval-results/own" in runs["own"].stdout and not (place / "eval-results/own").exists()
+    assert "eval-results/own" in output and not (folder / "eval-results/own").exists()
 
 
-def test_scores_are_those_of_lm_evals_own_command(place, runs):
+def test_scores_are_those_of_lm_evals_own_command(folder, runs):
     words = (
         "--model hf --model_args pretrained=models/base,dtype=bfloat16 --tasks piqa --device cpu --batch_size auto:2"
     )
     command = [Path(sys.executable).with_name("lm_eval"), *words.split(), "--log_samples", "--output_path", "by_hand"]
-    subprocess.run(command, cwd=place, env=environment_of(place, {}), check=True, capture_output=True, timeout=200)
-    by_hand = eval_results.read_run(place / "by_hand")
-    before = eval_results.read_run(place / "eval-results/before")
+    subprocess.run(
+        command, cwd=folder, env=environment(folder, PYTHONPATH=""), check=True, capture_output=True, timeout=200
+    )
+    by_hand = eval_results.read_run(folder / "by_hand")
+    before = eval_results.read_run(folder / "eval-results/before")
     assert by_hand["results"]["piqa"] == before["results"]["piqa"]
     assert by_hand["task_hashes"]["piqa"] == before["task_hashes"]["piqa"]
     assert eval_results.conditions(by_hand) == eval_results.conditions(before)
 
 
-def test_a_killed_run_goes_on_and_repeats_nothing(place, runs):
-    path, time_written = runs["first"]
-    half_way = runs["half_way"]
-    assert "going on; finished already: piqa" in half_way.stdout and "run_eval.sh: piqa on" not in half_way.stdout
-    assert half_way.returncode == 1
-    assert "sciq: " in half_way.stderr and "There is no result of 'half'. Finished tasks stay in" in half_way.stderr
-    other = runs["other_limit"]
-    assert other.returncode == 1 and "was begun otherwise: LIMIT:  there, 1 now" in other.stderr
-    assert runs["left_out"].returncode == 0, runs["left_out"].stderr
-    assert "finished already: piqa, winogrande" in runs["left_out"].stdout
-    assert not path.exists()  # renamed with its folder, as it was written
-    final = place / "eval-results/half/piqa" / path.parent.name / path.name
-    assert final.stat().st_mtime_ns == time_written
-    assert set(results_of(place, "half")) == {"piqa", "winogrande"}
-    assert not list(place.glob("eval-results/.half*"))
+# ==== What `start` refuses ====
+
+SETTINGS = {  # that run_eval.sh would set, in a small form
+    "NAME": "x",
+    "MODEL": "models/base",
+    "RESIZED_MODEL": "models/resized",
+    "DATA_DIR": "data/sft_v1",
+    "TASKS": "piqa,winogrande",
+    "INCLUDE_PATH": "",
+    "FEWSHOT": "",
+    "LIMIT": "",
+    "CHAT_TEMPLATE": "0",
+    "CHECK_READING": "0",
+    "DEVICE": "cpu",
+    "DTYPE": "bfloat16",
+    "BATCH_SIZE": "1",
+    "SEEDS": "0,1,2,3",
+    "MODEL_ARGS": "",
+}
 
 
-def test_several_devices_take_tasks_side_by_side(place, runs):
-    done = run_eval(place, "two", "models/base", DEVICE="cpu,cpu", TASKS="piqa,winogrande,arc_easy", LIMIT="1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert set(results_of(place, "two")) == {"piqa", "winogrande", "arc_easy"}
-    logs = [(place / f"eval-results/two/device_{number}.log").read_text() for number in range(2)]
-    assert all("Running loglikelihood requests" in log for log in logs)
-    first, second, *_ = [
-        line
-        for line in done.stdout.splitlines()
-        if line.startswith("run_eval.sh: ") and (" on cpu" in line or " s" in line)
-    ]
-    assert " on cpu, log in" in first and " on cpu, log in" in second  # the second began before the first was done
+@pytest.fixture
+def start(folder, tmp_path, monkeypatch):
+    """Return a function that runs `start` in this process, with some of run_eval.sh's settings changed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(run_eval, "check_tasks", lambda tasks, include_path: None)  # takes 12 s; it has its own test
+
+    def run(**changes):
+        args = SETTINGS | {"EVAL_RESULTS": str(tmp_path)} | changes
+        staging = tmp_path / f"{args['NAME']}.unfinished"
+        staging.mkdir(exist_ok=True)
+        run_eval.main(args | {"STAGING": str(staging)}, "start")
+        return staging
+
+    return run
+
+
+def test_start_lists_devices_and_tasks_and_records_the_settings(start):
+    staging = start(DEVICE="cpu,cpu", TASKS="piqa,winogrande,piqa", LIMIT=".5")
+    assert (staging / "devices").read_text() == "cpu\ncpu\n"
+    assert (staging / "todo").read_text() == "piqa\nwinogrande\n"
+    record = json.loads((staging / "run.json").read_text())
+    assert record["settings"]["LIMIT"] == ".5" and record["assistant_check"] is False  # models/base has no markers
+    assert json.loads((start(NAME="y", MODEL="exports/sft_v1") / "run.json").read_text())["assistant_check"] is True
+
+
+def test_an_unfinished_run_continues_only_with_the_same_settings(start):
+    staging = start()
+    start(LIMIT="1")  # nothing is finished yet
+    start()
+    (staging / "piqa").mkdir()
+    (staging / "winogrande.unfinished").mkdir()  # as a kill leaves it
+    start()
+    assert (staging / "todo").read_text() == "winogrande\n"
+    with pytest.raises(SystemExit, match="was started in another way: LIMIT:  there, 1 now"):
+        start(LIMIT="1")
+    with pytest.raises(SystemExit, match="was started in another way: model: models/base there, models/resized now"):
+        start(MODEL="models/resized")
+    with pytest.raises(SystemExit, match="holds finished tasks that TASKS does not name: piqa"):
+        start(TASKS="winogrande")
 
 
 @pytest.mark.parametrize(
-    ("run", "says"),
+    ("changes", "says"),
     [
-        ("unknown_task", "lm_eval knows no task nonsense"),
-        ("no_gpu", "DEVICE=cuda:99, but torch sees"),
-        ("wide", "tokens, but the model"),
-        ("cannot_read", "models/base cannot read plain text. Likely causes"),
-        ("limit", "LIMIT=few: run_eval.sh says beside LIMIT what it may be"),
-        ("no_data", "data/nowhere/tokenizer holds no tokenizer.json"),
+        ({"DEVICE": "cuda:99"}, "DEVICE=cuda:99, but torch sees"),
+        ({"DEVICE": "tpu"}, "'tpu' must be gpus, cpu or cuda:N"),
+        ({"CHECK_READING": "1"}, "models/base cannot read plain text. Likely causes"),
+        ({"LIMIT": "few"}, "LIMIT=few is not valid; see the comment next to LIMIT in run_eval.sh"),
+        ({"NAME": "after", "DATA_DIR": "data/nowhere"}, "data/nowhere/tokenizer holds no tokenizer.json"),
+        ({"MODEL": "models/nowhere"}, "no config.json in the model folder models/nowhere"),
+        ({"INCLUDE_PATH": "nowhere"}, r"no folder nowhere \(INCLUDE_PATH\)"),
+        ({"CHAT_TEMPLATE": "1"}, "the tokenizer in models/base has no chat template"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_work(place, runs, run, says):
-    done = runs[run]
-    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert "Running loglikelihood requests" not in done.stderr
+def test_what_is_wrong_is_said_before_the_work(start, changes, says):
+    with pytest.raises(SystemExit, match=says):
+        start(**changes)
 
 
-def test_earlier_results_stay(place, tmp_path):
-    earlier = place / "kept/before/results.txt"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_text("earlier")
-    done = run_eval(place, "before", OUTPUT="kept")
-    assert done.returncode == 1 and "kept/before already holds results. Move them away first" in done.stderr
-    assert earlier.read_text() == "earlier"
-
-
-def test_model_folder_is_checked_at_once(place):
-    done = run_eval(place, "x", "models/nowhere")
-    assert done.returncode == 1 and "no config.json in the model folder models/nowhere" in done.stderr
-    shell = place / "models/shell"
+def test_a_model_folder_must_be_whole(folder, start):
+    shell = folder / "models/shell"
     shell.mkdir()
     for file in ("config.json", "tokenizer_config.json"):
         (shell / file).write_text("{}")
-    done = run_eval(place, "x", "models/shell")
-    assert done.returncode == 1 and "no *.safetensors in the model folder models/shell" in done.stderr
-    done = run_eval(place, "x", "models/base", INCLUDE_PATH="nowhere")
-    assert done.returncode == 1 and "no folder nowhere (INCLUDE_PATH)" in done.stderr
-    done = run_eval(place, "../x", "models/base")
-    assert done.returncode == 1 and "must be letters, digits" in done.stderr
+    with pytest.raises(SystemExit, match=r"no \*.safetensors in the model folder models/shell"):
+        start(MODEL="models/shell")
+    wide = shutil.copytree(folder / "exports/sft_v1", folder / "exports/wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
+    with pytest.raises(SystemExit, match="tokens, but the model"):
+        start(MODEL="exports/wide")
+    (wide / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match="the config or tokenizer in exports/wide does not load"):
+        start(MODEL="exports/wide")
 
 
-def test_no_lm_eval_on_the_path(place):
-    done = run_eval(place, "x", "models/base", PATH="/usr/bin:/bin")
-    assert done.returncode == 1 and "no lm_eval on the path" in done.stderr
+def test_a_full_disk_is_seen_at_once(start, monkeypatch):
+    monkeypatch.setattr(run_eval, "ROOM", 2**70)
+    with pytest.raises(SystemExit, match="less than 1 GiB free"):
+        start()
+
+
+def test_a_task_that_lm_eval_does_not_know_is_refused():
+    with pytest.raises(SystemExit, match="lm_eval knows no task nonsense"):
+        run_eval.check_tasks(["piqa", "nonsense"], "")
+
+
+def test_ifeval_without_its_data_is_refused_at_once(folder, monkeypatch):
+    from lm_eval.tasks.ifeval import instructions_util
+
+    monkeypatch.setattr(instructions_util.nltk.data, "path", [str(folder / "nltk_data")])
+    run_eval.check_ifeval()
+    monkeypatch.setattr(instructions_util.nltk.data, "path", [])
+    with pytest.raises(SystemExit, match=r"ifeval needs the packages of requirements.txt, and nltk"):
+        run_eval.check_ifeval()
+
+
+def test_earlier_results_stay(folder):
+    earlier = folder / "kept/before/results.txt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier")
+    status, output = run_script(folder, "before", EVAL_RESULTS="kept")
+    assert status == 1 and "kept/before already holds results. Move them away first" in output
+    assert earlier.read_text() == "earlier" and not (folder / "kept/before.unfinished").exists()
+
+
+# ==== What the shell refuses ====
+
+
+def test_a_name_or_folder_that_lm_eval_or_a_path_cannot_take(folder):
+    status, output = run_script(folder, "../x", "models/base")
+    assert status == 1 and "must be letters, digits" in output
+    status, output = run_script(folder, "x", "models/a=b")
+    assert status == 1 and "cannot read a folder with ',' or '=' in its name" in output
+
+
+def test_no_lm_eval_on_the_path(folder):
+    status, output = run_script(folder, "x", "models/base", PATH="/usr/bin:/bin")
+    assert status == 1 and "no lm_eval on the path" in output
 
 
 @pytest.mark.parametrize("arguments", [(), ("x",), ("before", "b", "c")])
-def test_usage(place, arguments):
-    done = run_eval(place, *arguments)
-    assert done.returncode == 2 and "bash run_eval.sh NAME MODEL_DIR" in done.stderr
+def test_usage(folder, arguments):
+    status, output = run_script(folder, *arguments)
+    assert status == 2 and "bash run_eval.sh NAME MODEL_DIR" in output and "compare [NAME...]" in output

@@ -1,14 +1,18 @@
-"""settings.py through a real script: flags, help, refusals, and no effect at import."""
+"""Flags, help and refusals of settings.py; every constant of every script is a flag, and importing starts nothing.
 
+Run it alone: bash tests/run.sh tests/test_settings.py
+"""
+
+import json
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["import_base", "prepare_data", "resize_vocab", "sft_v1", "export_hf"]
-SCRIPTS += [f"sft.evaluation.{name}" for name in ("assistant_check", "compare_evals", "reading_check")]
+from sft import settings
+
 SCRIPT = '''"""Does nothing much."""
 
 from sft import settings
@@ -32,49 +36,71 @@ lower = 2
 FIXED = 3  # not a setting
 
 if __name__ == "__main__":
-    chosen = settings.from_flags(globals())
-    print(repr(chosen))
-    assert chosen == {name: globals()[name] for name in chosen}
+    args = settings.from_flags(globals())
+    print(repr(args))
+    assert args == {name: globals()[name] for name in args}
 '''
+# Imports every script and asks each for its help, in one process: torch is imported once.
+ALL_SCRIPTS = """
+import contextlib, importlib, io, json, runpy, sys
+help_texts = {}
+for path in sys.argv[1:]:
+    sys.argv = ["script", "--bogus"]
+    importlib.import_module(path.removesuffix(".py").replace("/", "."))
+print("quiet", flush=True)
+for path in PATHS:
+    sys.argv, output = [path, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            runpy.run_path(f"{ROOT}/{path}", run_name="__main__")
+        except SystemExit as end:
+            assert end.code == 0, end.code
+    help_texts[path] = output.getvalue()
+print(json.dumps(help_texts))
+"""
+
+
+def has_flags(path):
+    return "\n    main(settings.from_flags(globals()))" in path.read_text(encoding="utf-8")
+
+
+PATHS = sorted([*ROOT.glob("*.py"), *ROOT.glob("sft/**/*.py")])
+SCRIPTS = [str(path.relative_to(ROOT)) for path in PATHS if has_flags(path)]
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch, capsys):
+    """Return a function that runs SCRIPT in this process with some flags and returns (exit status, stdout, stderr)."""
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*flags):
-        return subprocess.run(
-            [sys.executable, tmp_path / "script.py", *flags],
-            capture_output=True,
-            text=True,
-            env={"PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUTF8": "1"},
-        )
+        monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+        status = 0
+        try:
+            runpy.run_path(str(tmp_path / "script.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
     return call
 
 
 def test_defaults_come_back_as_a_dict(run):
     expected = {"RATE": 2e-5, "STEPS": 3, "ON": True, "OFF": False, "NAME": "a # b", "TASKS": ("x", "y")}
-    assert eval(run().stdout) == expected | {"TABLE": [{"name": "z"}]}
+    assert eval(run()[1]) == expected | {"TABLE": [{"name": "z"}]}
 
 
 def test_flags_set_constants_of_their_type(run):
     flags = ("--rate", "1", "--steps=-7", "--no-on", "--off", "--name", "c d", "--tasks", "p,q,", "--table", "t.json")
-    chosen = eval(run(*flags).stdout)
-    assert chosen == {
-        "RATE": 1.0,
-        "STEPS": -7,
-        "ON": False,
-        "OFF": True,
-        "NAME": "c d",
-        "TASKS": ("p", "q"),
-        "TABLE": "t.json",
-    }
-    assert isinstance(chosen["RATE"], float)
+    args = eval(run(*flags)[1])
+    expected = {"RATE": 1.0, "STEPS": -7, "ON": False, "OFF": True, "NAME": "c d", "TASKS": ("p", "q")}
+    assert args == expected | {"TABLE": "t.json"}
+    assert isinstance(args["RATE"], float)
 
 
 def test_help_shows_docstring_groups_comments_and_defaults(run):
-    text = run("--help").stdout
+    text = run("--help")[1]
     for part in (
         "Does nothing much.",
         "First group:",
@@ -100,28 +126,44 @@ def test_help_shows_docstring_groups_comments_and_defaults(run):
     ],
 )
 def test_wrong_flags_are_refused_with_their_name(run, flags, sentence):
-    result = run(*flags)
-    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+    status, _, stderr = run(*flags)
+    assert status == 2 and sentence in stderr
+
+
+def test_a_script_as_a_process_of_its_own_takes_flags_and_refuses_wrong_ones(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    env = {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    command = [sys.executable, tmp_path / "script.py"]
+    result = subprocess.run([*command, "--name", "käse"], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and eval(result.stdout)["NAME"] == "käse"
+    result = subprocess.run([*command, "--bogus"], capture_output=True, text=True, env=env)
+    assert result.returncode == 2 and "unrecognized arguments: --bogus" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def help_texts(tmp_path_factory):
+    """Import every script, then ask each for its help, in one process; return {script: help text}."""
+    folder = tmp_path_factory.mktemp("empty")
+    program = f"import os, sys\nROOT, PATHS = {str(ROOT)!r}, {SCRIPTS!r}\nsys.path.insert(0, ROOT)\n"
+    program += f"os.environ['HOME'] = os.getcwd()\n{ALL_SCRIPTS}"
+    stdout = run_python(folder, "-B", "-c", program, *SCRIPTS)
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".")]
+    quiet, texts = stdout.splitlines()
+    assert quiet == "quiet"  # no import printed anything
+    return json.loads(texts)
+
+
+def test_the_scripts_are_all_there(help_texts):
+    names = {"import_base.py", "prepare_data.py", "resize_vocab.py", "sft_v1.py", "export_hf.py", "chat.py"}
+    names |= {f"sft/evaluation/{name}.py" for name in ("assistant_check", "compare_evals", "reading_check")}
+    assert names <= help_texts.keys() == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_constant_of_every_script_is_a_flag_with_a_comment(script):
-    from sft import settings
-
-    found = list(settings.constants(ROOT / f"{script.replace('.', '/')}.py"))
-    assert found
-    for _, name, comment in found:
-        assert len(comment) > 5, f"{script}.{name} has no comment"
-    result = subprocess.run([sys.executable, "-m", script, "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0
-    for _, name, _ in found:
-        assert f"--{name.lower().replace('_', '-')}" in result.stdout
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_script_starts_nothing_and_ignores_the_command_line(script, tmp_path):
-    code = f"import sys; sys.argv[1:] = ['--bogus']; import {script}; print('quiet')"
-    env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert result.stdout == "quiet\n", result.stderr
-    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
+def test_every_constant_of_every_script_is_a_flag_with_a_comment(help_texts, script):
+    constants = list(settings.constants(ROOT / script))
+    assert constants
+    for _, name, comment in constants:
+        assert len(comment) > 5, f"{script}: {name} has no comment"
+        assert f"--{name.lower().replace('_', '-')}" in help_texts[script]

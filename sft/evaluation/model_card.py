@@ -1,20 +1,38 @@
-"""The model card of an export: what it was trained on and how, what that changed, how to chat. Used by export_hf.py."""
+"""The model card of an export: how the model was trained, on what, what that changed, and how to chat with it.
+
+export_hf.py writes what `describe` returns into the export as training.json. `write` makes the README.md from that
+file and the evaluation's results; run_eval.sh calls it again when the results are there.
+"""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
 from sft import system
 
+# ==== Constants ====
+
+TRAINING = "training.json"  # what the card needs of the training run; a folder that holds it is an export
 LICENCES = {  # as their pages state them; the licence of the base model and of your own files is yours to add
     "HuggingFaceTB/smoltalk": "Apache-2.0",
     "teknium/OpenHermes-2.5": "none stated; collected from sources with their own",
     "allenai/tulu-3-sft-mixture": "ODC-BY-1.0; parts have their own, one is CC-BY-NC-4.0",
     "meta-math/MetaMathQA": "MIT",
 }
-RECIPE = ("SEQUENCES_PER_STEP", "EPOCHS", "MAX_STEPS", "LEARNING_RATE", "MIN_LEARNING_RATE", "WARMUP_STEPS")
-RECIPE += ("ADAM_BETA1", "ADAM_BETA2", "WEIGHT_DECAY", "MAX_GRAD_NORM", "COMPUTE_DTYPE", "SEED")
+RECIPE = (
+    "SEQUENCES_PER_STEP",
+    "EPOCHS",
+    "MAX_STEPS",
+    "LEARNING_RATE",
+    "MIN_LEARNING_RATE",
+    "WARMUP_STEPS",
+    "ADAM_BETA1",
+    "ADAM_BETA2",
+    "WEIGHT_DECAY",
+    "MAX_GRAD_NORM",
+    "COMPUTE_DTYPE",
+    "SEED",
+)
 CHAT = """## Chat
 
 ChatML; the template is in the tokenizer, and generation stops at `<|im_end|>`.
@@ -25,77 +43,154 @@ chat = pipeline("text-generation", model=".")
 print(chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=200)[0]["generated_text"][-1])
 ```
 
-In a terminal: `python export_hf.py --chat` and this folder.
+In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
 """
 
-
-def metrics(run_folder, step):
-    """Return (last training loss, [validation losses in order]) up to `step` from metrics.jsonl, or (None, [])."""
-    path = Path(run_folder) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one off
-    lines = [line for line in lines if line["step"] <= step]
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    held_out = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
-    return (losses[-1] if losses else None), held_out
+# ==== What the export keeps of the training run ====
 
 
-def origins(report):
-    """Return the table of the sources in `report` (dict of report.json): where each came from and its licence."""
+def describe(checkpoint, state, parameters, dtype_name):
+    """Return the content of training.json, a dict.
+
+    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; parameters: their number in the export;
+    dtype_name: of the exported weights.
+    """
+    return {
+        "checkpoint": checkpoint.name,
+        "checkpoint_dir": str(checkpoint.parent),
+        "parameters": parameters,
+        "dtype": dtype_name,
+        "state": state,
+        "losses": read_losses(checkpoint.parent, state["step"]),
+        "data": read_data(state),
+    }
+
+
+def read_losses(checkpoint_dir, step):
+    """Return a dict of the losses up to `step` in metrics.jsonl: `last_training`, `first_` and `last_validation`.
+
+    A loss that the file doesn't have is None.
+    """
+    losses = {"last_training": None, "first_validation": None, "last_validation": None}
+    path = checkpoint_dir / "metrics.jsonl"
+    if not path.is_file():
+        return losses
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not text.endswith("\n"):
+            break  # a kill cut the last line off
+        line = json.loads(text)
+        if line["step"] > step:
+            continue
+        if line.get("loss") is not None:
+            losses["last_training"] = line["loss"]
+        if line.get("validation_loss") is not None:
+            losses["last_validation"] = line["validation_loss"]
+            if losses["first_validation"] is None:
+                losses["first_validation"] = line["validation_loss"]
+    return losses
+
+
+def read_data(state):
+    """Return what the card says about the data: dict of `table` (Markdown) and `sources` (list of dicts).
+
+    It is None if DATA_DIR no longer holds what the run was trained on.
+    """
+    path = Path(state["settings"]["DATA_DIR"]) / "report.json"
+    if not path.is_file():
+        return None
+    report = system.read_json(path, "prepare_data.py")
+    if state["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
+        return None
+    return {"table": path.with_suffix(".md").read_text(encoding="utf-8"), "sources": read_sources(report)}
+
+
+def read_sources(report):
+    """Return a dict of `name`, `origin` and `licence` for each source in `report`, the dict of report.json."""
     mixture = report["settings"]["MIXTURE"]
     if isinstance(mixture, str):
         try:
             mixture = json.loads(Path(mixture).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            mixture = []  # moved since; the names below are still true
+            mixture = []  # the file was moved since; the names are still true
     entries = {entry["name"]: entry for entry in mixture}
-    lines = ["| source | from | licence |", "|---|---|---|"]
+    sources = []
     for line in report["sources"]:
         entry = entries.get(line["name"], {})
-        place, revision = entry.get("hub"), line.get("revision")
-        where = f"{place}{f' at {revision[:12]}' if revision else ''}" if place else entry.get("path", "unknown")
-        licence = LICENCES.get(place, "see its page") if place else "of your own file: add it"
-        lines.append(f"| {line['name']} | {where} | {licence} |")
-    return lines
+        dataset = entry.get("hub")
+        if dataset:
+            revision = line.get("revision")
+            origin = f"{dataset} at {revision[:12]}" if revision else dataset
+            licence = LICENCES.get(dataset, "see its page")
+        else:
+            origin = entry.get("path", "unknown")
+            licence = "of your own file: add it"
+        sources.append({"name": line["name"], "origin": origin, "licence": licence})
+    return sources
 
 
-def data(facts):
-    """Return the card's lines about the data, none if the folder DATA_DIR is no longer what the run was trained on."""
-    path = Path(facts["settings"]["DATA_DIR"]) / "report.json"
-    if not path.is_file():
-        return []
-    report = system.read_json(path, "prepare_data.py")
-    if facts["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
-        return []
-    table = path.with_suffix(".md").read_text(encoding="utf-8")
-    return ["## Data", "", table, *origins(report), ""]
+# ==== The card ====
 
 
-def evaluation(results, folder):
-    """Copy the chart and return the lines of the comparison in `results`, if it measured the weights in `folder`."""
-    results, page = Path(results), Path(results) / "comparison.md"
-    run = results / "after" / "run.json"
-    if not page.is_file() or not run.is_file():
+def evaluation_section(folder, eval_results):
+    """Return the lines of the comparison in `eval_results`, and copy its chart; no lines if it measured other weights.
+
+    `eval_results` holds the run "after" and comparison.md, both written by run_eval.sh.
+    """
+    results = Path(eval_results)
+    page, record = results / "comparison.md", results / "after" / "run.json"
+    if not page.is_file() or not record.is_file():
         return []
-    measured = system.read_json(run, "run_eval.sh").get("files_sha256", {})
-    if any(measured.get(path.name) != system.sha256(path) for path in folder.glob("*.safetensors")):
-        return []
-    text = page.read_text(encoding="utf-8").splitlines()[1:]
-    lines = ["## Before and after", "", *("#" + line if line.startswith("#") else line for line in text), ""]
+    measured = system.read_json(record, "run_eval.sh").get("files_sha256", {})
+    for path in folder.glob("*.safetensors"):
+        if measured.get(path.name) != system.sha256(path):
+            return []
+    lines = ["## Before and after", ""]
+    for line in page.read_text(encoding="utf-8").splitlines()[1:]:
+        lines.append("#" + line if line.startswith("#") else line)  # one level below the card's own headings
+    lines.append("")
     if (results / "comparison.png").is_file():
         shutil.copyfile(results / "comparison.png", folder / "comparison.png")
         lines += ["![Before and after, by task](comparison.png)", ""]
     return lines
 
 
-def write(folder, facts, checkpoint, shapes, dtype_name, results):
-    """Write README.md into the export `folder`, and the pictures it shows.
+def data_section(data):
+    """Return the lines about the data. data: what `read_data` returned."""
+    if data is None:
+        return []
+    lines = ["## Data", "", data["table"], "| source | from | licence |", "|---|---|---|"]
+    for source in data["sources"]:
+        lines.append(f"| {source['name']} | {source['origin']} | {source['licence']} |")
+    return [*lines, ""]
 
-    facts: dict of the `checkpoint`'s facts.json; shapes: {name: shape}; results: folder of the evaluation's results.
+
+def recipe_section(training):
+    """Return the lines about the training run. training: dict of training.json."""
+    state, losses = training["state"], training["losses"]
+    lines = ["## Recipe", ""]
+    for name in RECIPE:
+        lines.append(f"- {name}: {state['settings'][name]}")
+    if losses["last_training"] is not None:
+        lines.append(f"- last training loss: {losses['last_training']:.4f}")
+    if losses["first_validation"] is not None:
+        lines.append(
+            f"- validation loss: {losses['first_validation']:.4f} at first, {losses['last_validation']:.4f} at last"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+    return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
+
+
+def write(folder, eval_results):
+    """Write README.md, and the pictures it shows, into the export `folder`.
+
+    It reads training.json there, and the evaluation in the folder `eval_results` if that measured these weights.
     """
-    folder, run = Path(folder), facts["settings"]
-    loss, held_out = metrics(checkpoint.parent, facts["step"])
-    count = sum(math.prod(shape) for shape in shapes.values())
+    folder = Path(folder)
+    training = system.read_json(folder / TRAINING, "export_hf.py")
+    curve = Path(training["checkpoint_dir"]) / "loss.png"
+    if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may go on after the export
+        shutil.copyfile(curve, folder / "loss.png")
+    state = training["state"]
     lines = [
         "---",
         "pipeline_tag: text-generation",
@@ -103,22 +198,13 @@ def write(folder, facts, checkpoint, shapes, dtype_name, results):
         "---",
         "# A chat model by supervised fine-tuning",
         "",
-        f"{count:,} parameters, {dtype_name}; from `{facts['base_model']}`, checkpoint `{checkpoint.name}` "
-        f"({facts['updates']:,} optimizer steps).",
+        f"{training['parameters']:,} parameters, {training['dtype']}; from `{state['settings']['RESIZED_MODEL']}`, "
+        f"checkpoint `{training['checkpoint']}` ({state['updates']:,} optimizer steps).",
         "",
-        *evaluation(results, folder),
-        *data(facts),
-        "## Recipe",
-        "",
-        *(f"- {name}: {run[name]}" for name in RECIPE),
+        *evaluation_section(folder, eval_results),
+        *data_section(training["data"]),
+        *recipe_section(training),
     ]
-    if loss is not None:
-        lines.append(f"- last training loss: {loss:.4f}")
-    if held_out:
-        lines.append(f"- validation loss: {held_out[0]:.4f} at first, {held_out[-1]:.4f} at last")
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines += [f"- versions: {versions}; {facts['world_size']} processes", ""]
-    if (checkpoint.parent / "loss.png").is_file():
-        shutil.copyfile(checkpoint.parent / "loss.png", folder / "loss.png")
+    if (folder / "loss.png").is_file():
         lines += ["![Loss by optimizer step](loss.png)", ""]
     system.write_whole(folder / "README.md", "\n".join([*lines, CHAT]))

@@ -1,44 +1,41 @@
-"""The work of run_eval.sh, which sets every setting in the environment: measure one model folder.
+"""The Python part of run_eval.sh: what happens before and after lm_eval.
 
-    measure.py NAME MODEL_DIR
+    python -m sft.evaluation.run_eval start                check everything that can fail early; open the unfinished run
+    python -m sft.evaluation.run_eval finish               run the built-in check, publish the results, report
+    python -m sft.evaluation.run_eval compare [NAME...]    write the report and the model card
 
-What can fail is tried before hours of work: the folder, its tokenizer, whether the model reads plain text, the tasks'
-names, the devices, the disk. Then each device has a process that takes one task after the other. A task is a call of
-lm_eval of its own, model loaded anew, and has a folder of its own, which gets its name when the task is finished; a run
-that was killed goes on with the same command.
+run_eval.sh passes all its settings in the environment, and between `start` and `finish` it calls lm_eval for each task.
+`start` tells it what to do in two lists in the folder of the unfinished run (STAGING): `devices` and `todo`.
 """
 
-import contextlib
-import gc
 import importlib.metadata
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
-import time
-import traceback
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from sft import system
-from sft.evaluation import assistant_check, eval_results, reading_check
+from sft.evaluation import compare_evals, model_card
 
-LONGEST = ("mmlu", "hellaswag")  # begun first, so that several devices finish together
+# ==== Constants ====
+
 ROOM = 2**30  # bytes; the logged questions of the seven tasks need less
-FORMS = {"LIMIT": r"(\d+|0?\.\d+)?", "FEWSHOT": r"\d*", "SEEDS": r"\d+(,\d+){3}"}
-FORMS |= {"CHAT_TEMPLATE": "[01]", "CHECK_READING": "[01]", "TASKS": r"\w[\w.-]*(,\w[\w.-]*)*"}
-MEASURED_WITH = ("INCLUDE_PATH", "FEWSHOT", "LIMIT", "CHAT_TEMPLATE", "DTYPE", "BATCH_SIZE", "SEEDS", "MODEL_ARGS")
+FORMS = {
+    "LIMIT": r"(\d+|0?\.\d+)?",
+    "FEWSHOT": r"\d*",
+    "SEEDS": r"\d+(,\d+){3}",
+    "CHAT_TEMPLATE": "[01]",
+    "CHECK_READING": "[01]",
+    "TASKS": r"\w[\w.-]*(,\w[\w.-]*)*",
+}
+RECORDED = ("INCLUDE_PATH", "FEWSHOT", "LIMIT", "CHAT_TEMPLATE", "DTYPE", "BATCH_SIZE", "SEEDS", "MODEL_ARGS")
+PACKAGES = ("lm_eval", "torch", "transformers", "tokenizers", "datasets")
+# Only `start` needs torch and transformers. They take seconds to import, so the functions that use them do that.
 
 
 def refuse(sentence):
@@ -48,19 +45,50 @@ def refuse(sentence):
 # ==== Everything that can fail early ====
 
 
-def places(device):
-    """Return the list of devices to work on: "cpu" or "cuda:N", one process each."""
-    found = torch.cuda.device_count()
-    if device == "gpus":
-        device = ",".join(f"cuda:{number}" for number in range(found)) or refuse(
-            "torch sees no GPU. DEVICE=cpu works too, slowly."
-        )
-    for place in device.split(","):
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", place):
-            refuse(f"DEVICE={device}: {place!r} must be gpus, cpu or cuda:N.")
-        if place != "cpu" and int(place.partition(":")[2] or 0) >= found:
-            refuse(f"DEVICE={device}, but torch sees {found} GPUs. DEVICE=cpu works too, slowly.")
-    return device.split(",")
+def check_settings(args):
+    """Exit unless each setting in `args` has a legal form."""
+    for setting, form in FORMS.items():
+        if not re.fullmatch(form, args[setting]):
+            refuse(f"{setting}={args[setting]} is not valid; see the comment next to {setting} in run_eval.sh.")
+    if args["INCLUDE_PATH"] and not Path(args["INCLUDE_PATH"]).is_dir():
+        refuse(f"no folder {args['INCLUDE_PATH']} (INCLUDE_PATH).")
+
+
+def list_devices(setting):
+    """Return the list of devices that DEVICE names, each "cpu", "cuda" or "cuda:N". Exits if one does not exist."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if setting == "gpus":
+        if gpus == 0:
+            refuse("torch sees no GPU. DEVICE=cpu works too, slowly.")
+        return [f"cuda:{number}" for number in range(gpus)]
+    devices = setting.split(",")
+    for device in devices:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            refuse(f"DEVICE={setting}: {device!r} must be gpus, cpu or cuda:N.")
+        if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
+            refuse(f"DEVICE={setting}, but torch sees {gpus} GPUs. DEVICE=cpu works too, slowly.")
+    return devices
+
+
+def device_name(device):
+    """Return the name of the hardware behind `device`, as far as the system knows one."""
+    if device == "cpu":
+        return platform.processor() or device
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def check_tasks(tasks, include_path):
+    """Exit unless lm_eval knows all of `tasks`. It reads all its task definitions for that, which takes 12 s."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include_path or None)
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        refuse(f"lm_eval knows no task {', '.join(unknown)}. TASKS names lm_eval's; INCLUDE_PATH adds your own.")
 
 
 def check_ifeval():
@@ -72,30 +100,22 @@ def check_ifeval():
     except (ImportError, LookupError):
         refuse(
             "ifeval needs the packages of requirements.txt, and nltk's data set punkt_tab: `python -m nltk.downloader "
-            "punkt_tab`, or a folder that holds tokenizers/punkt_tab, named by NLTK_DATA."
+            "punkt_tab`, or set NLTK_DATA to a folder that holds tokenizers/punkt_tab."
         )
 
 
-def check_reading(model, must_read):
-    """Print how well the model reads plain text; exit if it does not load, or does not read though it must."""
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-        nats = reading_check.loss(loaded, AutoTokenizer.from_pretrained(model))
-    except Exception as error:  # transformers, tokenizers and safetensors each raise their own
-        refuse(f"{model} is no model folder that loads ({type(error).__name__}: {error}).")
-    line, reads = reading_check.verdict(nats, loaded.get_input_embeddings().num_embeddings)
-    print(f"run_eval.sh: {line}", flush=True)
-    if must_read and not reads:
-        refuse(f"{model} cannot read plain text. {reading_check.CAUSES} CHECK_READING=0 measures it nevertheless.")
+def describe_model(model, args):
+    """Return what run.json holds of the model folder, the settings and the versions; exit if the folder is not whole.
 
+    model: Path.
+    """
+    from transformers import AutoConfig, AutoTokenizer
 
-def read_facts(model, environment):
-    """Return what run.json holds of the model folder, the settings and the machine; exit if the folder is not whole."""
     for file in ("config.json", "tokenizer_config.json"):
         if not (model / file).is_file():
             refuse(
                 f"no {file} in the model folder {model}. It must be a Hugging Face folder such as export_hf.py writes; "
-                "BEFORE_MODEL and AFTER_MODEL say where."
+                "BASE_MODEL and EXPORT_DIR name the folders of before and after."
             )
     if not any(model.glob("*.safetensors")):
         refuse(f"no *.safetensors in the model folder {model}: its weights are missing.")
@@ -108,254 +128,201 @@ def read_facts(model, environment):
             f"the tokenizer in {model} has {len(tokenizer):,} tokens, but the model {config.vocab_size:,} rows. Write "
             "the folder again with the script that made it."
         )
-    if environment["CHAT_TEMPLATE"] == "1" and not tokenizer.chat_template:
+    if args["CHAT_TEMPLATE"] == "1" and not tokenizer.chat_template:
         refuse(f"CHAT_TEMPLATE=1, but the tokenizer in {model} has no chat template.")
-    parts = sorted(path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in model.glob(pattern))
-    packages = ("lm_eval", "torch", "transformers", "tokenizers", "datasets")
+    files = sorted(path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in model.glob(pattern))
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "model": str(model),
-        "files_sha256": {path.name: system.sha256(path) for path in parts},
+        "files_sha256": {path.name: system.sha256(path) for path in files},
         "adds_bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],  # lm_eval does as the tokenizer does
-        "settings": {name: environment[name] for name in MEASURED_WITH},
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "settings": {name: args[name] for name in RECORDED},
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
-def device_name(place):
-    return platform.processor() or place if place == "cpu" else torch.cuda.get_device_name(place)
+def check_reading(model, must_read):
+    """Print how well the model reads plain text; exit if it does not load, or does not read though it must."""
+    from sft.evaluation import reading_check
+
+    line, reads = reading_check.check_folder(model)
+    print(f"run_eval.sh: {line}", flush=True)
+    if must_read and not reads:
+        refuse(f"{model} cannot read plain text. {reading_check.CAUSES} Set CHECK_READING=0 to measure it anyway.")
 
 
-def open_staging(staging, facts):
-    """Make the folder of an unfinished run, or take one up; return its lock. Exit if it was begun with other facts."""
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = system.lock(staging, "OUTPUT")
-    path = staging / "run.json"
-    finished = sorted(task.name for task in staging.iterdir() if task.is_dir() and not task.name.startswith("."))
+def wants_assistant_check(model, args):
+    """Return whether the built-in check follows the tasks: not before training, and not in the chat pass.
+
+    Exits if it should follow those of `after` and cannot.
+    """
+    from sft.evaluation import assistant_check
+
+    if not args["DATA_DIR"] or args["NAME"] == "before" or args["CHAT_TEMPLATE"] == "1":
+        return False
+    data_tokenizer = Path(args["DATA_DIR"]) / "tokenizer"
+    problem = assistant_check.other_tokenizer(data_tokenizer, Path(args["RESIZED_MODEL"]), model)
+    if problem and args["NAME"] == "after":
+        refuse(f"{problem} Set DATA_DIR= (empty) to skip the built-in check.")
+    if problem:
+        print(f"run_eval.sh: without the built-in check: {problem}")
+    return problem is None
+
+
+# ==== Start ====
+
+
+def must_stay(record):
+    """Return {what: value} of what must stay the same while a run is unfinished. record: dict of run.json."""
+    values = {name: record.get(name) for name in ("model", "adds_bos", "device")}
+    for part in ("files_sha256", "settings", "versions"):
+        values.update(record.get(part, {}))
+    return values
+
+
+def check_resume(staging, record, finished):
+    """Exit unless the unfinished run in `staging` was started with what `record` says. finished: list of its tasks."""
+    earlier = system.read_json(staging / "run.json", "run_eval.sh")
+    different = system.differences(must_stay(earlier), must_stay(record), "there", "now")
+    if different:
+        refuse(
+            f"{staging} was started in another way: {'; '.join(different)}. Use the same again, or remove that folder "
+            "to start over."
+        )
+    unnamed = sorted(set(finished) - set(record["tasks"]))
+    if unnamed:
+        refuse(f"{staging} holds finished tasks that TASKS does not name: {', '.join(unnamed)}. Name them too.")
+    print(f"run_eval.sh: continuing; finished already: {', '.join(finished)}", flush=True)
+
+
+def start(args):
+    """Exit with a sentence if something is wrong; otherwise write run.json and the lists for run_eval.sh."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    staging, model = Path(args["STAGING"]), Path(args["MODEL"])
+    result = staging.parent / args["NAME"]
+    if result.is_dir() and any(result.iterdir()):
+        refuse(
+            f"{result} already holds results. Move them away first (mv {result} {result}-old) or choose another name."
+        )
+    check_settings(args)
+    devices = list_devices(args["DEVICE"])
+    tasks = list(dict.fromkeys(args["TASKS"].split(",")))
+    record = describe_model(model, args)
+    record["tasks"] = tasks
+    record["device"] = device_name(devices[0])
+    record["assistant_check"] = wants_assistant_check(model, args)
+    if shutil.disk_usage(staging).free < ROOM:
+        refuse(f"less than 1 GiB free for {staging}; the logged questions of the seven tasks need that.")
+    finished = sorted(path.name for path in staging.iterdir() if path.is_dir() and path.suffix != ".unfinished")
     if finished:
-        begun = system.read_json(path, "run_eval.sh")
-        for name in facts.keys() - {"tasks"}:
-            pair = [value if isinstance(value, dict) else {name: value} for value in (begun.get(name), facts[name])]
-            if apart := eval_results.differences(*pair, "there", "now"):
-                refuse(
-                    f"{staging} was begun otherwise: {'; '.join(apart)}. Give the same again, or remove that folder to "
-                    "begin anew."
-                )
-        if more := sorted(set(finished) - set(facts["tasks"])):
-            refuse(f"{staging} holds finished tasks that TASKS does not name: {', '.join(more)}. Name them too.")
-        print(f"run_eval.sh: going on; finished already: {', '.join(finished)}")
-    system.write_whole(path, json.dumps(facts, indent=2) + "\n")
-    return lock
+        check_resume(staging, record, finished)
+    check_reading(model, args["CHECK_READING"] == "1")
+    if "ifeval" in tasks:
+        check_ifeval()
+    check_tasks(tasks, args["INCLUDE_PATH"])
+    todo = [task for task in tasks if task not in finished]
+    system.write_whole(staging / "run.json", json.dumps(record, indent=2) + "\n")
+    system.write_whole(staging / "devices", "".join(f"{device}\n" for device in devices))
+    system.write_whole(staging / "todo", "".join(f"{task}\n" for task in todo))
 
 
-# ==== The measurement ====
+# ==== Finish ====
 
 
-def work(place, log, model, tasks, staging, environment, pipe):
-    """A worker, a process of its own: measure on the device `place` each task that comes through `pipe`.
-
-    Says first which of `tasks` lm_eval does not know; then for each task None, or why it failed, and ends.
-    log: file for its output, or None for the terminal.
-    """
-    system.leave_to_parent()
-    if log:
-        for stream in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    from lm_eval import simple_evaluate
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table, simple_parse_args_string
-
-    arguments = {"pretrained": str(model), "dtype": environment["DTYPE"]}
-    arguments |= simple_parse_args_string(environment["MODEL_ARGS"])
-    chat, limit, few = environment["CHAT_TEMPLATE"] == "1", environment["LIMIT"], environment["FEWSHOT"]
-    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    manager = TaskManager(include_path=environment["INCLUDE_PATH"] or None, metadata=arguments)
-    pipe.send([name for name in tasks if not manager.match_tasks([name])])
-    for task in iter(pipe.recv, None):
-        problem = None
-        part = staging / f".{task}"
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed: nothing in it is a result
-        try:
-            tracker = EvaluationTracker(output_path=str(part))
-            results = simple_evaluate(
-                model="hf",
-                model_args=dict(arguments),
-                tasks=[task],
-                num_fewshot=int(few) if few else None,
-                batch_size=environment["BATCH_SIZE"],
-                device=place,
-                limit=float(limit) if limit else None,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat or None,
-                gen_kwargs={},
-                task_manager=manager,
-                metadata=arguments,
-                evaluation_tracker=tracker,
-                **dict(zip(seeds, map(int, environment["SEEDS"].split(",")), strict=True)),
-            )
-            samples = results.pop("samples")
-            tracker.save_results_aggregated(results=results, samples=samples)
-            for name in results["configs"]:
-                tracker.save_results_samples(task_name=name, samples=samples[name])
-            print(make_table(results), flush=True)
-            if not any(part.glob("*/results_*.json")):  # lm_eval only warns when it cannot write
-                raise OSError("lm_eval wrote no results; is the disk full?")
-            part.rename(staging / task)
-        except (Exception, SystemExit) as error:  # whatever task definitions, data sets and models raise
-            traceback.print_exc()
-            problem = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        results = samples = None
-        gc.collect()
-        torch.cuda.empty_cache()
-        pipe.send(problem)
+def run_assistant_check(staging, args):
+    """Run the built-in check in a process of its own, with the flags of ASSISTANT_FLAGS. Returns: its exit status."""
+    device = (staging / "devices").read_text().split()[0]
+    flags = {
+        "--data-dir": args["DATA_DIR"],
+        "--resized-model": args["RESIZED_MODEL"],
+        "--export-dir": args["MODEL"],
+        "--result-dir": staging,
+        "--device": device,
+        "--dtype": args["DTYPE"],
+    }
+    command = [sys.executable, "-m", "sft.evaluation.assistant_check"]
+    for flag, value in flags.items():
+        command += [flag, value]
+    command += shlex.split(args["ASSISTANT_FLAGS"])
+    return subprocess.run(command, preexec_fn=system.end_with_parent).returncode
 
 
-def begin(place, log, *given):
-    """Start a worker; return the pipe to it. given: what `work` takes after its first two."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=work, args=(place, log, *given, theirs)).start()
-    theirs.close()
-    return ours
+def finish(args):
+    """Give the results their name if all tasks are finished, and compare them if they are those of `after`."""
+    staging, name = Path(args["STAGING"]), args["NAME"]
+    result = staging.parent / name
+    record = system.read_json(staging / "run.json", "run_eval.sh")
+    again = f"There is no {result}. Finished tasks stay in {staging}; the same command tries the others again."
+    failed = [task for task in record["tasks"] if not (staging / task).is_dir()]
+    if failed:
+        refuse(f"failed: {', '.join(failed)}. {again}")
+    if record["assistant_check"] and not (staging / "assistant.json").exists() and run_assistant_check(staging, args):
+        refuse(f"the built-in check failed. {again}")
+    for path in staging.glob("*.unfinished"):  # of a task that failed, and that TASKS no longer names
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (staging / "devices").unlink()
+    (staging / "todo").unlink()
+    if result.is_dir():
+        result.rmdir()
+    staging.rename(result)
+    print(f"run_eval.sh: results in {result}", flush=True)
+    base_name = name.removesuffix("-chat")
+    before, other = pair_to_compare(args, base_name)
+    if base_name == "after" and before.is_dir() and other.is_dir():
+        compare(args, [])
+    elif base_name != "before":
+        flags = f"--before {before} --after {other} --eval-results {staging.parent}"
+        print(f"run_eval.sh: to compare it with 'before': python -m sft.evaluation.compare_evals {flags}")
+        print(f"run_eval.sh: if it is 'after' with another seed: bash run_eval.sh compare {base_name}")
 
 
-def heard(pipe):
-    """Return what a worker says: None or a list if all is well, a sentence if not."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        return "its process ended; what it printed last says why"
+# ==== Compare ====
 
 
-def dismiss(pipe):
-    """Let a worker end, if it has not."""
-    with contextlib.suppress(OSError):
-        pipe.send(None)
+def pair_to_compare(args, name="after"):
+    """Return the folders of `before` and of the run `name`, or those of the chat pass if only these are both there."""
+    results = Path(args["EVAL_RESULTS"])
+    pair = results / "before", results / name
+    chat_pair = results / "before-chat", results / f"{name}-chat"
+    if all(folder.is_dir() for folder in chat_pair) and not all(folder.is_dir() for folder in pair):
+        return chat_pair
+    return pair
 
 
-def measure(tasks, model, devices, staging, environment):
-    """Run what is left of `tasks`, one worker for each device, and a new one after a failure.
-
-    Returns: {failed task: why}. Exits if lm_eval does not start or does not know one of the tasks.
-    """
-    todo = [task for task in tasks if not (staging / task).is_dir()]
-    todo.sort(key=lambda task: LONGEST.index(task) if task in LONGEST else len(LONGEST))
-    given = (model, tasks, staging, environment)
-    logs = [staging / f"device_{n}.log" if len(devices) > 1 else None for n in range(len(devices))]
-    free = {begin(*pair, *given): pair for pair in list(zip(devices, logs, strict=True))[: len(todo)]}
-    for pipe, (place, _) in free.items():
-        if isinstance(unknown := heard(pipe), str):
-            refuse(f"lm_eval does not start on {place}: {unknown}.")
-        if unknown:
-            refuse(f"lm_eval knows no task {', '.join(unknown)}. TASKS names lm_eval's; INCLUDE_PATH adds your own.")
-    busy, failed = {}, {}
-    while todo or busy:
-        while todo and free:
-            pipe, pair = free.popitem()
-            busy[pipe] = pair, todo.pop(0), time.monotonic()
-            pipe.send(busy[pipe][1])
-            print(f"run_eval.sh: {busy[pipe][1]} on {pair[0]}{f', log in {pair[1]}' if pair[1] else ''}", flush=True)
-        for pipe in multiprocessing.connection.wait(list(busy)):
-            pair, task, begun = busy.pop(pipe)
-            if problem := heard(pipe):
-                failed[task] = problem
-            if problem and todo:  # after a fault of its device a process may be of no more use
-                dismiss(pipe)
-                pipe = begin(*pair, *given)
-                heard(pipe)
-            print(f"run_eval.sh: {task}: {problem or f'{time.monotonic() - begun:.0f} s'}", flush=True)
-            free[pipe] = pair
-    for pipe in free:
-        dismiss(pipe)
-    for process in multiprocessing.active_children():
-        process.join(60)
-    return failed
+def compare(args, seeds):
+    """Write the report, with the runs `seeds` (names) as other seeds, and the model card if EXPORT_DIR is an export."""
+    before, after = pair_to_compare(args)
+    suffix = after.name.removeprefix("after")
+    comparison = {
+        "BEFORE": str(before),
+        "AFTER": str(after),
+        "OTHER_SEEDS": tuple(str(after.with_name(f"{seed}{suffix}")) for seed in seeds),
+        "EVAL_RESULTS": args["EVAL_RESULTS"],
+    }
+    compare_evals.main(comparison)
+    export_dir = Path(args["EXPORT_DIR"])
+    if (export_dir / model_card.TRAINING).is_file():
+        model_card.write(export_dir, args["EVAL_RESULTS"])
+        print(f"run_eval.sh: the model card {export_dir / 'README.md'} is up to date")
 
 
 # ==== Main ====
 
 
-def check_setup(name, model, result, environment):
-    """Exit unless the settings, the model folder, the tasks' needs and the disk are sound.
-
-    Returns: (facts for run.json, list of devices, folder of the built-in check's data or "").
-    """
-    for setting, form in FORMS.items():
-        if not re.fullmatch(form, environment[setting]):
-            refuse(f"{setting}={environment[setting]}: run_eval.sh says beside {setting} what it may be.")
-    if environment["INCLUDE_PATH"] and not Path(environment["INCLUDE_PATH"]).is_dir():
-        refuse(f"no folder {environment['INCLUDE_PATH']} (INCLUDE_PATH).")
-    devices = places(environment["DEVICE"])
-    facts = read_facts(model, environment) | {"tasks": list(dict.fromkeys(environment["TASKS"].split(",")))}
-    check = environment["ASSISTANT_DATA"] if name != "before" and environment["CHAT_TEMPLATE"] == "0" else ""
-    folders = (Path(check) / "tokenizer", Path(environment["RESIZED_MODEL"]), model)
-    if check and (problem := assistant_check.other_tokenizer(*folders)):
-        if name == "after":
-            refuse(f"{problem} ASSISTANT_DATA= goes without the built-in check.")
-        print(f"run_eval.sh: without the built-in check: {problem}")
-        check = ""
-    result.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(result.parent).free < ROOM:
-        refuse(f"less than 1 GiB free for {result.parent}; the logged questions of the seven tasks need that.")
-    if "ifeval" in facts["tasks"]:
-        check_ifeval()
-    check_reading(model, environment["CHECK_READING"] == "1")
-    return facts | {"device": device_name(devices[0])}, devices, check
-
-
-def main(name, model):
-    """Measure the folder `model` under `name`, as the environment says."""
-    transformers.utils.logging.disable_progress_bar()
-    environment, model = dict(os.environ), Path(model)
-    full_name = f"{name}-chat" if environment["CHAT_TEMPLATE"] == "1" else name
-    output = Path(environment["OUTPUT"])
-    result, staging = output / full_name, output / f".{full_name}.unfinished"
-    if result.is_dir() and any(result.iterdir()):
-        refuse(
-            f"{result} already holds results. Move them away first (mv {result} {result}-old) or choose another name."
-        )
-    facts, devices, check = check_setup(name, model, result, environment)
-    lock = open_staging(staging, facts)
-    failed = measure(facts["tasks"], model, devices, staging, environment)
-    again = (
-        f"There is no result of '{name}'. Finished tasks stay in {staging}; the same command tries the others again."
-    )
-    if failed:
-        refuse("; ".join(f"{task}: {why}" for task, why in failed.items()) + f". {again}")
-    if check and not (staging / "assistant.json").exists():
-        words = [sys.executable, "-m", "sft.evaluation.assistant_check", "--data-dir", check, "--after-model", model]
-        words += ["--before-model", environment["RESIZED_MODEL"], "--device", devices[0], "--output-dir", staging]
-        words += ["--dtype", environment["DTYPE"], *shlex.split(environment["ASSISTANT_FLAGS"])]
-        if subprocess.run(words).returncode:
-            refuse(f"the built-in check failed. {again}")
-    if result.is_dir():
-        result.rmdir()
-    (staging / system.LOCK).unlink()
-    staging.rename(result)
-    lock.close()
-    print(f"run_eval.sh: results in {result}")
-    compare(name, full_name, output)
-
-
-def compare(name, full_name, output):
-    """Show what changed, or how to: once there is something to compare with."""
-    pairs = [("before", name), ("before-chat", full_name)]
-    ready = [pair for pair in pairs if all((output / folder).is_dir() for folder in pair)]
-    words = [sys.executable, "-m", "sft.evaluation.compare_evals"]
-    before, after = ready[0] if ready else ("before", name)
-    words += ["--before", output / before, "--after", output / after, "--output", output]
-    if name == "after" and ready:
-        sys.exit(subprocess.run(words).returncode)
-    if name != "before":
-        print(f"run_eval.sh: to compare it with 'before': {shlex.join(map(str, words[1:]))}")
+def main(args, command, *names):
+    """Run one of the three commands. args: dict of run_eval.sh's settings; names: of `compare`."""
+    if command == "start":
+        start(args)
+    elif command == "finish":
+        finish(args)
+    else:
+        compare(args, names)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("run_eval.sh: stopped; the same command goes on."))
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt:
-        refuse("stopped; the same command goes on.")
-    finally:
-        for process in multiprocessing.active_children():  # what was interrupted
-            process.kill()
+    main(dict(os.environ), *sys.argv[1:])

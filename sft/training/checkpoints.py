@@ -19,6 +19,7 @@ from sft import system
 from sft.training import distributed
 
 MANIFEST = "manifest.json"
+STATE = "facts.json"
 STAGING = "staging_"
 
 
@@ -122,6 +123,11 @@ def verify(checkpoint):
     if problem:
         raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
     return system.read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
+
+
+def latest_whole(folder, say=print):
+    """Return what `newest_whole` returns."""
+    return newest_whole(folder, say)
 
 
 def newest_whole(folder, say=print):

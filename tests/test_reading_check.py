@@ -1,4 +1,7 @@
-"""Whether a model reads: one that knows the passage, the same with one fault, and one that knows nothing."""
+"""Whether a model reads: one that knows the passage, the same with one fault, and one that knows nothing.
+
+Alone: bash tests/run.sh tests/test_reading_check.py
+"""
 
 import json
 import math
@@ -51,7 +54,7 @@ def test_a_tokenizer_that_cannot_spell_the_passage_never_reads(reader_dir, tmp_p
     folder = shutil.copytree(reader_dir, tmp_path / "base")
     state = json.loads((folder / "tokenizer.json").read_text())
     state["pre_tokenizer"] = {"type": "Whitespace"}
-    state["model"] |= {"vocab": {token: place for token, place in state["model"]["vocab"].items() if place < 9}}
+    state["model"]["vocab"] = {token: id_ for token, id_ in state["model"]["vocab"].items() if id_ < 9}
     state["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -59,24 +62,26 @@ def test_a_tokenizer_that_cannot_spell_the_passage_never_reads(reader_dir, tmp_p
     assert reading_check.loss(model, tokenizer) == math.inf
 
 
-def test_the_command_ends_with_one_where_the_model_cannot_read(reader_dir, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reading_check, "MODEL_DIR", str(reader_dir))
-    reading_check.main({})
+def test_the_command_exits_with_one_where_the_model_cannot_read(reader_dir, tmp_path, capsys):
+    reading_check.main({"MODEL_DIR": str(reader_dir)})
     assert capsys.readouterr().out.endswith("; it reads\n")
     torch.manual_seed(0)
     blank = shutil.copytree(reader_dir, tmp_path / "blank")
     config = transformers.AutoConfig.from_pretrained(reader_dir)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(blank)
     command = [sys.executable, "-m", "sft.evaluation.reading_check", "--model-dir", str(blank)]
-    bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     assert bad.returncode == 1 and "Likely causes: weights under wrong names" in bad.stderr, bad.stderr
-    assert "Traceback" not in bad.stderr
-    monkeypatch.setattr(reading_check, "MODEL_DIR", str(blank))
-    monkeypatch.setattr(reading_check, "WARN_ONLY", True)
-    reading_check.main({})
-    assert "CANNOT READ" in capsys.readouterr().out
-    (blank / "tokenizer.json").write_text("{}")
-    for folder, sentence in ((blank, "is no model folder that loads"), (tmp_path / "no", "config.json is missing")):
-        monkeypatch.setattr(reading_check, "MODEL_DIR", str(folder))
-        with pytest.raises(SystemExit, match=sentence):
-            reading_check.main({})
+    assert "CANNOT READ" in bad.stdout and "Traceback" not in bad.stderr
+
+
+def test_a_folder_that_does_not_load_is_refused(reader_dir, tmp_path):
+    folder = shutil.copytree(reader_dir, tmp_path / "model")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match="its model cannot be run with its tokenizer"):
+        reading_check.main({"MODEL_DIR": str(folder)})
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="is no model folder that loads"):
+        reading_check.main({"MODEL_DIR": str(folder)})
+    with pytest.raises(SystemExit, match=r"config.json is missing"):
+        reading_check.main({"MODEL_DIR": str(tmp_path / "nowhere")})

@@ -1,0 +1,136 @@
+"""The model card, from the files that a training run, the data and an evaluation leave. No model is needed.
+
+Alone: bash tests/run.sh tests/test_model_card.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sft import system
+from sft.evaluation import model_card
+
+DIGEST = {"train": "aa", "validation": "bb"}
+METRICS = [
+    {"step": 0, "validation_loss": 7},
+    {"step": 50, "loss": 5},
+    {"step": 50, "validation_loss": 6},
+    {"step": 51, "loss": None},
+    {"step": 100, "loss": 1},
+    {"step": 100, "validation_loss": 2},
+]
+MIXTURE = [
+    {"name": "smol", "hub": "HuggingFaceTB/smoltalk"},
+    {"name": "other", "hub": "someone/other"},
+    {"name": "answers", "path": "rows.jsonl"},
+]
+
+
+def state_of(step, **settings):
+    """Return a checkpoint's state as sft_v1.py writes it, as far as the card reads it."""
+    recipe = dict.fromkeys(model_card.RECIPE, 1) | {"LEARNING_RATE": 0.01}
+    return {
+        "step": step,
+        "updates": step - 1,
+        "world_size": 2,
+        "versions": {"torch": "2.13.0"},
+        "fingerprints": {"data": json.dumps(DIGEST, sort_keys=True)},
+        "settings": recipe | {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized"} | settings,
+    }
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """Return a checkpoint's path in a current folder that holds the metrics, the curve and the data of its run."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = Path("checkpoints/sft_v1/step_000100")
+    checkpoint.mkdir(parents=True)
+    lines = "".join(json.dumps(line) + "\n" for line in METRICS)
+    (checkpoint.parent / "metrics.jsonl").write_text(lines + '{"step": 101, "lo')  # as a kill leaves it
+    (checkpoint.parent / "loss.png").write_bytes(b"curve")
+    data = Path("data/sft_v1")
+    data.mkdir(parents=True)
+    sources = [{"name": "smol", "revision": "0123456789abcdef"}, {"name": "other"}, {"name": "answers"}]
+    report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST}
+    (data / "report.json").write_text(json.dumps(report))
+    (data / "report.md").write_text("| source | train |\n|---|---|\n| answers | 12 |\n")
+    return checkpoint
+
+
+def export(checkpoint, state, name="export"):
+    """Write the part of an export that the card needs, and the card. Returns: the export's folder."""
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    training = model_card.describe(checkpoint, state, 1_234_567, "bfloat16")
+    (folder / model_card.TRAINING).write_text(json.dumps(training))
+    model_card.write(folder, "eval-results")
+    return folder
+
+
+def test_the_card_shows_model_data_licences_recipe_and_curve(checkpoint):
+    folder = export(checkpoint, state_of(100))
+    card = (folder / "README.md").read_text()
+    assert (
+        "1,234,567 parameters, bfloat16; from `models/resized`, checkpoint `step_000100` (99 optimizer steps)" in card
+    )
+    assert "| answers | 12 |" in card
+    assert "| smol | HuggingFaceTB/smoltalk at 0123456789ab | Apache-2.0 |" in card
+    assert "| other | someone/other | see its page |" in card
+    assert "| answers | rows.jsonl | of your own file: add it |" in card
+    assert "- LEARNING_RATE: 0.01\n" in card and "- versions: torch 2.13.0; 2 processes" in card
+    assert "chat.py --export-dir" in card
+    assert "![Loss by optimizer step](loss.png)" in card and (folder / "loss.png").read_bytes() == b"curve"
+    assert "Before and after" not in card
+
+
+def test_the_card_of_an_earlier_checkpoint_shows_its_own_losses(checkpoint):
+    early = (export(checkpoint.with_name("step_000050"), state_of(50), "early") / "README.md").read_text()
+    assert "last training loss: 5.0000" in early and "7.0000 at first, 6.0000 at last" in early
+    last = (export(checkpoint, state_of(100), "last") / "README.md").read_text()
+    assert "last training loss: 1.0000" in last and "7.0000 at first, 2.0000 at last" in last
+
+
+def test_what_is_not_there_is_left_out(checkpoint):
+    for file in ("metrics.jsonl", "loss.png"):
+        (checkpoint.parent / file).unlink()
+    card = (export(checkpoint, state_of(100, DATA_DIR="data/moved")) / "README.md").read_text()
+    assert "loss" not in card and "## Data" not in card and "## Recipe" in card and "## Chat" in card
+
+
+def test_data_that_the_run_was_not_trained_on_is_not_shown(checkpoint):
+    report = json.loads(Path("data/sft_v1/report.json").read_text())
+    Path("data/sft_v1/report.json").write_text(json.dumps(report | {"digest": {"train": "cc"}}))
+    assert "## Data" not in (export(checkpoint, state_of(100)) / "README.md").read_text()
+
+
+def test_a_mixture_file_that_was_moved_leaves_the_names(checkpoint):
+    report = json.loads(Path("data/sft_v1/report.json").read_text())
+    Path("data/sft_v1/report.json").write_text(json.dumps(report | {"settings": {"MIXTURE": "moved.json"}}))
+    assert "| smol | unknown | of your own file" in (export(checkpoint, state_of(100)) / "README.md").read_text()
+
+
+def test_the_card_gets_the_evaluation_of_these_weights_only_and_needs_nothing_of_the_run(checkpoint):
+    folder, results = export(checkpoint, state_of(100)), Path("eval-results")
+    (results / "after").mkdir(parents=True)
+    (results / "comparison.md").write_text(
+        "# What changed\n\n## lm_eval\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n"
+    )
+    (results / "comparison.png").write_bytes(b"picture")
+    before = (folder / "README.md").read_text()
+    for path in checkpoint.parent.glob("*.*"):
+        path.unlink()
+    for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
+        (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
+        model_card.write(folder, "eval-results")
+        card = (folder / "README.md").read_text()
+        assert ("| piqa | 0.5 |" in card) is ("### lm_eval\n" in card) is shown
+        assert (card == before) is not shown
+        assert (folder / "comparison.png").exists() is shown
+
+
+def test_a_folder_that_is_no_export_is_refused(checkpoint):
+    Path("model").mkdir()
+    with pytest.raises(SystemExit, match=r"model/training.json is missing. Run export_hf.py"):
+        model_card.write("model", "eval-results")

@@ -1,0 +1,125 @@
+"""system.py: what is written is whole or not there, a lock has one owner, differences are phrases.
+
+Run it alone: bash tests/run.sh tests/test_system.py
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, full_disk
+
+from sft import system
+
+
+def test_differences_are_phrases_and_a_missing_name_differs():
+    then, now = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}
+    assert system.differences(then, now) == ["b: 2 then, 5 now", "c: 3 then, None now", "d: None then, 4 now"]
+    assert system.differences({"x": 1}, {"x": 2}, "here", "there") == ["x: 1 here, 2 there"]
+    assert system.differences(then, dict(then)) == []
+
+
+def test_a_digest_covers_names_and_contents(tmp_path):
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "b.txt").write_text("2")
+    first = system.folder_digest(tmp_path, "*.py", "*.txt")
+    assert first == system.folder_digest(tmp_path, "*.txt", "*.py") != system.folder_digest(tmp_path, "*.py")
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    assert system.folder_digest(tmp_path, "*.py", "*.txt") != first
+    assert system.sha256(tmp_path / "c.py").startswith("6b86b273ff34fce1")  # sha256sum of "1"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "x.json is missing. Run step.py first"),
+        (b"{", "x.json is not readable JSON"),
+        (b"\xff", "x.json is not readable JSON"),
+        (b"[" * 100_000, "x.json is not readable JSON"),
+        (b"[]", "x.json holds a list, not an object. Run step.py again"),
+    ],
+)
+def test_json_that_cannot_be_read_is_a_sentence(tmp_path, content, sentence):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(SystemExit) as refusal:
+        system.read_json(tmp_path / "x.json", "step.py")
+    assert sentence in str(refusal.value)
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path):
+    path = tmp_path / "x.json"
+    system.write_whole(path, "old")
+    with full_disk(10), pytest.raises(OSError):
+        system.write_whole(path, b"new" * 100)
+    assert path.read_text() == "old"
+    system.write_whole(path, b"new" * 100)
+    assert path.read_bytes() == b"new" * 100 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "a" / "out"
+    with system.staged(folder, "--out-dir") as staging:
+        assert staging == system.unfinished(folder) == folder.with_name("out.unfinished")
+        (staging / "x").write_text("whole")
+        assert not folder.exists()
+    assert (folder / "x").read_text() == "whole" and not staging.exists()
+    sentence = r"out is not empty. Move it away, or name another --out-dir"
+    with pytest.raises(SystemExit, match=sentence), system.staged(folder, "--out-dir"):
+        pytest.fail("the block must not run")
+    assert (folder / "x").read_text() == "whole"
+
+
+@pytest.mark.parametrize("error", [SystemExit("why"), KeyboardInterrupt(), OSError("disk full")])
+def test_a_staged_folder_whose_block_fails_leaves_nothing(tmp_path, error):
+    system.unfinished(tmp_path / "out").mkdir()  # of a run that was killed
+    (system.unfinished(tmp_path / "out") / "stale").touch()
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end, system.staged(tmp_path / "out", "--out-dir") as staging:
+        assert not list(staging.iterdir())
+        raise error
+    assert not list(tmp_path.iterdir())
+    if isinstance(error, OSError):
+        assert "out cannot be written (disk full). Free disk space, or name another --out-dir" in str(end.value)
+
+
+def test_a_lock_has_one_owner_and_a_dead_one_frees_it(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom sft import system\nimport time\n"
+    code += f"handle = system.lock({str(tmp_path)!r}, '--out-dir')\nprint('locked', flush=True)\ntime.sleep(60)\n"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "locked\n"
+    sentence = rf"is in use by another run \(process {owner.pid}\). Wait for it or name another --out-dir"
+    with pytest.raises(SystemExit, match=sentence):
+        system.lock(tmp_path, "--out-dir")
+    owner.kill()
+    owner.wait()
+    with system.lock(tmp_path, "--out-dir"):
+        assert (tmp_path / system.LOCK).read_text() == f"{os.getpid()}\n"
+
+
+def test_a_child_dies_with_its_parent(tmp_path):
+    child = "from sft import system; import time; system.end_with_parent(); print('up', flush=True); time.sleep(60)"
+    parent = (
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    env = {"PYTHONPATH": str(ROOT)}
+    stdout = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, env=env, timeout=60).stdout
+    for _ in range(100):
+        if not alive(int(stdout)):
+            return
+        time.sleep(0.05)
+    pytest.fail("the child outlived its parent")
+
+
+def alive(pid):
+    """Return whether the process runs; a zombie, which nobody waits for here, does not."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
