@@ -167,6 +167,8 @@ def prompt(tokenizer, turns, device):
 
 def answer(model, tokenizer, question, max_new_tokens):
     """Return (greedy answer to `question` through the chat template, whether it ended by itself)."""
+    import torch
+
     inputs = prompt(tokenizer, [{"role": "user", "content": question}], model.device)
     with torch.no_grad():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)

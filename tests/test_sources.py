@@ -6,13 +6,12 @@ Run it alone: bash tests/run.sh tests/test_sources.py
 import json
 import os
 import re
-import resource
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import chat, source
+from helpers import chat, full_disk, source
 
 from sft.data import sources
 
@@ -166,13 +165,9 @@ def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeyp
     pq.write_table(
         pa.table({"query": [os.urandom(1000).hex()] * 9000, "response": ["r"] * 9000}), tmp_path / "a.parquet"
     )
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(SystemExit, match=r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"):
-            sources.find_source(source(path="a.parquet", schema="query/response"), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    says = r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"
+    with full_disk(1_000_000), pytest.raises(SystemExit, match=says):
+        sources.find_source(source(path="a.parquet", schema="query/response"), tmp_path)
 
 
 # ---- JSON arrays ----
