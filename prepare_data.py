@@ -118,7 +118,7 @@ class Selection:
         if limit:
             self.held_out = min(self.held_out, max(1, limit // 10))
         if source.examples == "all":
-            self.wanted, self.every = rows, 10  # each tenth kept row may be held out
+            self.wanted, self.every = rows, 10  # each tenth kept row may go to validation
             self.goal = rows
         else:
             self.wanted, self.every = source.examples, 1
@@ -353,7 +353,7 @@ def build_report(args, lines, tokenizer, overlap, data):
 
 
 def write_folder(staging, report):
-    """Make `staging`/data a whole folder: what `datasets` reads beside the Arrow files, rejected.jsonl, the report."""
+    """Make `staging`/data a whole folder: the metadata of `datasets`, rejected.jsonl, the report."""
     data = staging / "data"
     files = [writer.source_files(staging, index) for index in range(len(report["sources"]))]
     current = {path for paths in files for path in paths.values()}

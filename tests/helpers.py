@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,10 +104,8 @@ def make_reader(tokenizer, folder, tied=True):
 def prepare_args(**changes):
     """Return prepare_data.py's settings (dict): no decontamination, a window of 256 tokens, and `changes`."""
     import prepare_data
-    from sft import settings
 
-    args = {name: getattr(prepare_data, name) for _, name, _ in settings.constants(prepare_data.__file__)}
-    return args | {"MAX_SEQ_LEN": 256, "DECONTAMINATE_AGAINST": ()} | changes
+    return args_of(prepare_data, **{"MAX_SEQ_LEN": 256, "DECONTAMINATE_AGAINST": ()} | changes)
 
 
 def chat(*texts, first="user"):
@@ -139,6 +138,12 @@ def work_of(encoder, rows, args=None, **fields):
     return workers.Work(source(**fields), Rows(rows), encoder, None, args or prepare_args())
 
 
+# ==== Training ====
+
+
+# ==== Evaluation ====
+
+
 def write_dataset(root, name, configs):
     """Write configs = {config: {split: rows}} as a folder that load_dataset(name, config) reads."""
     lines = ["---", "configs:"]
@@ -152,10 +157,18 @@ def write_dataset(root, name, configs):
     (root / name / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
-# ==== Training ====
+def copy_lm_eval(folder, tasks):
+    """Copy lm_eval into `folder`, of its 14,000 task definitions (12 s at each start) only the subfolders `tasks`."""
+    from importlib.util import find_spec
 
+    package = Path(find_spec("lm_eval").submodule_search_locations[0])
+    shutil.copytree(package, folder / "lm_eval", ignore=shutil.ignore_patterns("__pycache__", "tasks"))
+    (folder / "lm_eval/tasks").mkdir()
+    for path in (package / "tasks").glob("*.py"):
+        shutil.copyfile(path, folder / "lm_eval/tasks" / path.name)
+    for name in tasks:
+        shutil.copytree(package / "tasks" / name, folder / "lm_eval/tasks" / name)
 
-# ==== Evaluation ====
 
 CONVERSATIONS = [  # (source, turns)
     ("a", [("user", "Who are you?"), ("assistant", "I am Genesis.")]),

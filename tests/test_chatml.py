@@ -59,8 +59,8 @@ def flat(encoder, turns):
 def template(tokenizer, turns, **more):
     """Return (ids, mask) as the saved template makes them from the whole string."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
-    return made["input_ids"], [bool(m) for m in made["assistant_masks"]]
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
+    return encoded["input_ids"], [bool(m) for m in encoded["assistant_masks"]]
 
 
 def random_turns(seed):
@@ -125,7 +125,7 @@ def test_exactly_the_missing_tokens_are_appended(pair, base):
     assert ids == [49_152, 49_153, 49_154, 49_155] and len(tokenizer) == 49_156
     before = Tokenizer.from_file(str(base / "tokenizer.json")).get_vocab()
     after = tokenizer.get_vocab()
-    assert all(after[token] == place for token, place in before.items())
+    assert all(after[token] == token_id for token, token_id in before.items())
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != "<|im_end|>"
     special = {t.content: t.special for t in tokenizer.added_tokens_decoder.values()}
     assert special["<|im_end|>"] and special["<|im_start|>"] and not special["<think>"] and not special["</think>"]
@@ -330,14 +330,15 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
 def test_the_self_test_says_why_ids_differ(tmp_path, normalizer, merges, says):
     """A byte-level tokenizer that does not split at newlines, with a merge over one; and one that strips headers."""
     vocab = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: place for place, piece in enumerate(vocab)}, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab={piece: token_id for token_id, piece in enumerate(vocab)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if normalizer:
         tokenizer.normalizer = normalizer
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert re.search(says, line := chatml.self_test(*build(tmp_path, tmp_path / "out"))), line
+    line = chatml.self_test(*build(tmp_path, tmp_path / "out"))
+    assert re.search(says, line), line
 
 
 def test_a_base_may_name_an_empty_token(bpe_tokenizer_dir, tmp_path):
@@ -349,7 +350,7 @@ def test_a_base_may_name_an_empty_token(bpe_tokenizer_dir, tmp_path):
 def test_a_character_that_the_model_does_not_know_is_unknown_and_no_control_token(tmp_path):
     """Without byte fallback "é" becomes <unk>, as it does in the template; the row stays."""
     vocab = {"<unk>": 0, "</s>": 1} | {
-        text: place for place, text in enumerate(["▁", "\n", *map(chr, range(33, 127))], 2)
+        text: token_id for token_id, text in enumerate(["▁", "\n", *map(chr, range(33, 127))], 2)
     }
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)

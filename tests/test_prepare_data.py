@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import resource
 import runpy
 import shutil
 import signal
@@ -20,7 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import ROOT, chat, prepare_args, work_of
+from helpers import ROOT, chat, copy_lm_eval, full_disk, prepare_args, work_of
 from transformers import AutoTokenizer
 
 import prepare_data
@@ -282,7 +281,9 @@ def test_a_duplicate_names_the_row_that_was_kept(small_encoder):
     assert [(result.reason, result.detail) for result in results] == [("duplicate", row) for row in expected]
 
 
-def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, small_tokenizer_dir):
+def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, small_tokenizer_dir, monkeypatch):
+    copy_lm_eval(tmp_path / "fewer_tasks", ())  # the demo's own are enough
+    monkeypatch.syspath_prepend(tmp_path / "fewer_tasks")
     lines = (ROOT / "demo" / "tasks" / "general.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [(item["question"], item["choices"][item["answer"]]) for item in map(json.loads, lines)]
     question, answer = max(questions, key=lambda pair: len(" ".join(pair).split()))
@@ -429,7 +430,7 @@ def test_a_second_run_into_one_folder_and_a_killed_worker_are_a_sentence(three, 
     first.send_signal(signal.SIGSTOP)
     second = subprocess.run(command_of(tmp_path, small_tokenizer_dir, "out"), capture_output=True, text=True)
     while any(Path("/proc", worker, "stat").read_text().split()[2] == "R" for worker in crew):
-        time.sleep(0.5)  # until each is held up in the middle of an answer
+        time.sleep(0.5)  # until each waits in the middle of an answer
     for worker in crew:
         os.kill(int(worker), signal.SIGKILL)
     first.send_signal(signal.SIGCONT)
@@ -620,12 +621,8 @@ def test_a_missing_and_a_damaged_tokenizer_are_refused(tmp_path, small_tokenizer
 def test_a_disk_that_fills_up_is_a_sentence_and_keeps_what_was_finished(tmp_path, small_tokenizer_dir):
     big = [{"name": "s", "rows": [chat(f"{n} " + "question " * 20, "answer " * 20) for n in range(400)], "repeat": 200}]
     for rows, kept in ((big, []), ([{"name": "small", "rows": ROWS}, *big], ["data-00000.arrow"])):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, before[1]))  # tokenizer.json fits, the data does not
-        try:
+        with full_disk(6_000_000):  # tokenizer.json fits, the data does not
             result = run(tmp_path, rows, small_tokenizer_dir)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert result.returncode == 1 and "out cannot be written" in result.stderr and "Free disk" in result.stderr
         assert not (tmp_path / "out").exists() and (tmp_path / "out.unfinished").exists() == bool(kept)
         assert [path.name for path in (tmp_path / "out.unfinished" / "data" / "train").glob("*")] == kept

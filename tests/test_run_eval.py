@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, write_conversations, write_model, write_tokenizer
+from helpers import ROOT, copy_lm_eval, write_conversations, write_dataset, write_model, write_tokenizer
 from transformers import AutoTokenizer
 
 from sft.evaluation import eval_results, model_card, run_eval
@@ -26,19 +26,6 @@ from sft.evaluation import eval_results, model_card, run_eval
 SEVEN = ("mmlu", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
 
 # ==== Small data for all seven tasks ====
-
-
-def write_dataset(root, name, configs):
-    """Write configs = {config: {split: rows}} as a folder that load_dataset(name, config) reads."""
-    lines = ["---", "configs:"]
-    for config, splits in configs.items():
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for split, rows in splits.items():
-            file = root / name / config / f"{split}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            lines += [f"  - split: {split}", f"    path: {config}/{split}.jsonl"]
-    (root / name / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
 def write_data(root):
@@ -115,22 +102,12 @@ def write_ifeval(root):
 # ==== The runs ====
 
 
-def copy_lm_eval(folder):
-    """Copy lm_eval into `folder`, of its task definitions only those of the tasks in this file."""
-    package = Path(find_spec("lm_eval").submodule_search_locations[0])
-    shutil.copytree(package, folder / "lm_eval", ignore=shutil.ignore_patterns("__pycache__", "tasks"))
-    for path in (package / "tasks").glob("*.py"):
-        (folder / "lm_eval/tasks").mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / "lm_eval/tasks" / path.name)
-    for name in ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "sciq"):
-        shutil.copytree(package / "tasks" / name, folder / "lm_eval/tasks" / name)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A current folder with data, an own task, and models in the folders that run_eval.sh expects."""
     root = tmp_path_factory.mktemp("eval")
-    copy_lm_eval(root / "fewer_tasks")
+    tasks = ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "sciq")
+    copy_lm_eval(root / "fewer_tasks", tasks)
     write_data(root)
     write_ifeval(root)
     write_own_task(root / "own_tasks")

@@ -6,13 +6,12 @@ Run it alone: bash tests/run.sh tests/test_sources.py
 import json
 import os
 import re
-import resource
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import chat, source
+from helpers import chat, full_disk, source
 
 from sft.data import sources
 
@@ -166,13 +165,9 @@ def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeyp
     pq.write_table(
         pa.table({"query": [os.urandom(1000).hex()] * 9000, "response": ["r"] * 9000}), tmp_path / "a.parquet"
     )
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(SystemExit, match=r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"):
-            sources.find_source(source(path="a.parquet", schema="query/response"), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    says = r"s: a.parquet cannot be read .*too large.*\. Free disk space: the hub's"
+    with full_disk(1_000_000), pytest.raises(SystemExit, match=says):
+        sources.find_source(source(path="a.parquet", schema="query/response"), tmp_path)
 
 
 # ---- JSON arrays ----
@@ -191,16 +186,16 @@ def test_json_arrays_are_read_in_a_stream_whatever_the_chunk(tmp_path, ascii):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(NESTED, ensure_ascii=ascii, indent=1))
     for chunk in (1, 2, 7, 1000, 1 << 20):
-        found, damage = elements(path, chunk)
-        assert [json.loads(element) for element in found] == NESTED and not damage
+        whole, damage = elements(path, chunk)
+        assert [json.loads(element) for element in whole] == NESTED and not damage
 
 
 def test_json_arrays_that_are_cut_off_keep_what_is_whole(tmp_path, capsys):
     path, data = tmp_path / "rows.json", json.dumps(NESTED[:50]).encode()
     for size in range(len(data) - 200, len(data)):
         path.write_bytes(data[:size])
-        found, damage = elements(path)
-        whole = [json.loads(element) for element in found]
+        whole, damage = elements(path)
+        whole = [json.loads(element) for element in whole]
         assert whole == NESTED[: len(whole)] and len(whole) > 46
         assert damage.reason == "truncated file" and damage.row == len(whole)
         assert damage.begin + damage.bytes == size
@@ -233,12 +228,12 @@ def test_damage_in_a_json_array_costs_its_row_and_what_is_behind(tmp_path, capsy
     ends_inside = lines[7].endswith(b'"}')  # a lost bracket takes in all rows behind it, and then the file ends
     reason = "truncated file" if ends_inside else "row is not valid JSON"
     for chunk in (64, 1 << 18):
-        found, lost = elements(path, chunk)
+        whole, lost = elements(path, chunk)
         assert lost.row == number and lost.reason == reason
         assert says in lost.detail
         byte = int(lost.detail.removeprefix("byte ").partition(":")[0])
         assert path.read_bytes().index(lines[7]) <= byte
-        assert [json.loads(element) for element in found] == NESTED[:number]
+        assert [json.loads(element) for element in whole] == NESTED[:number]
         assert lost.begin + lost.bytes == size
     rows = sources.JsonRows(path)
     assert f"from row {number} on, {lost.bytes:,} bytes are not read" in capsys.readouterr().err
@@ -248,7 +243,7 @@ def test_damage_in_a_json_array_costs_its_row_and_what_is_behind(tmp_path, capsy
 
 
 def test_damage_in_a_json_array_is_not_read_to_the_files_end(tmp_path, monkeypatch):
-    """The rest is lost: this is reported, and the rest is neither held in memory nor read to say so."""
+    """The rest is lost: this is reported, and it is neither kept in memory nor read for that."""
     monkeypatch.setattr(sources, "LONGEST_ROW", 10_000)
     path = tmp_path / "rows.json"
     sizes, pread = [], os.pread

@@ -68,7 +68,7 @@ class Overlap:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{path} cannot be read ({error}). Run prepare_data.py again.") from None
         self.hash_of = {word: word_hash(word) for word in words}
-        # A first look at the hash's leading bits rules out most windows: 280 microseconds for 700 words instead of 500,
+        # A test of the hash's leading bits rules out most windows: 280 microseconds for 700 words instead of 500,
         # because a binary search among 2.7 million n-grams misses the cache at most of its steps.
         self.shift = np.uint64(64 - max(16, len(self.hashes).bit_length() + 4))
         self.maybe = np.zeros(2 ** (64 - int(self.shift)), bool)

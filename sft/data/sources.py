@@ -103,7 +103,8 @@ def read_mixture(mixture):
     sources = []
     for number, row in enumerate(mixture, start=1):
         try:
-            if unknown := sorted(set(row) - set(known)):
+            unknown = sorted(set(row) - set(known))
+            if unknown:
                 raise ValueError(f"it has the unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
             sources.append(Source(**row))
         except (TypeError, ValueError) as error:
@@ -236,7 +237,7 @@ def line_spans(path):
 def array_spans(path, chunk=1 << 18):
     """Find the elements of the JSON array in the file `path`, which is read in a stream, `chunk` characters at a time.
 
-    Returns: (begin and end of each element in bytes, Damage or None). What stands before damage is kept; nothing behind
+    Returns: (begin and end of each element in bytes, Damage or None). What comes before damage is kept; nothing behind
     it is read. Raises: SystemExit if there is no array.
     """
     spans, byte = array("q"), array_start(path)
