@@ -23,8 +23,8 @@ def prepared(tmp_path_factory):
     """A finished folder, made by prepare_data.py from the demo's mixture."""
     output = tmp_path_factory.mktemp("trl") / "data"
     python = str(SUITE if SUITE.exists() else sys.executable)
-    command = [python, "prepare_data.py", "--base-tokenizer", str(common.base_folder())]
-    command += ["--mixture", "demo/mixture.json", "--output-dir", str(output), "--max-seq-len", "256"]
+    command = [python, "prepare_data.py", "--base-model", str(common.base_folder())]
+    command += ["--mixture", "demo/mixture.json", "--data-dir", str(output), "--max-seq-len", "256"]
     command += ["--validation-conversations", "2", *common.DECONTAMINATION_OFF]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
