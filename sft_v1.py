@@ -1,15 +1,15 @@
 """Step 3: fine-tune the resized base model on the prepared conversations, with FSDP2 over any number of processes.
 
-Reads   data/sft_v1/ (prepare_data.py) and checkpoints/base/ (resize_vocab.py).
+Reads   data/sft_v1/ (prepare_data.py) and models/resized/ (resize_vocab.py).
 Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, metrics.jsonl, skipped.jsonl,
-        spikes.jsonl, loss.png, tensorboard/.
+        spikes.jsonl, answers.jsonl, loss.png, tensorboard/.
 
     torchrun --nproc-per-node 2 sft_v1.py       two GPUs (or, without a GPU, two CPU processes)
     torchrun --nproc-per-node 1 sft_v1.py       one
     python sft_v1.py --plan-only                memory, time and traffic of the run, without a GPU or weights
-    the same command again                      continues from the newest whole checkpoint
+    the same command again                      continues from the latest whole checkpoint
     touch checkpoints/sft_v1/STOP               ends the run after its step, with a checkpoint; so do Ctrl-C and SIGTERM
-    torchrun --max-restarts 3 ...               goes on by itself after a rank was killed
+    torchrun --max-restarts 3 ...               continues by itself after a rank was killed
 
     torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft_v1.py
                                                 on each of two machines: sharded inside each, replicated across
@@ -22,12 +22,12 @@ padding, attention never crosses from one to the next, and the loss is the sum o
 trainable tokens divided by their number, over all ranks and micro-batches.
 """
 
-import dataclasses
+import contextlib
 import json
 import math
-import os
 import sys
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,20 +36,19 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig
 
 import export_hf
-from sft import settings, system
+from sft import hf_folder, settings, system
 from sft.training import checkpoints, dataloader, distributed, hardware, memory_plan, training_log, validation
 from sft.training import model as sft_model
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
-BASE_MODEL = "models/resized"  # folder, from resize_vocab.py
-OUTPUT_DIR = "checkpoints/sft_v1"  # folder of this run: checkpoints, metrics, curves
-RESUME = "newest"  # "newest" whole checkpoint in OUTPUT_DIR if there is one | a name such as "step_000500"
+RESIZED_MODEL = "models/resized"  # folder, from resize_vocab.py
+CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of this run: checkpoints, metrics, curves
+RESUME = "latest"  # "latest" whole checkpoint in CHECKPOINT_DIR if there is one | a name such as "step_000500"
 # ---- Optimisation: the Genesis recipe ----
-SEQUENCES_PER_STEP = 32  # sequences; the recipe's 2 per GPU x 8 accumulation x 2 GPUs
+SEQUENCES_PER_STEP = 32  # sequences; the batch size: the recipe's 2 per GPU x 8 gradient accumulation x 2 GPUs
 EPOCHS = 1  # passes over the training split; 510,577 sequences are 15,955 steps
 MAX_STEPS = 0  # optimizer steps; 0 = all of EPOCHS. The schedule ends here, too
 LEARNING_RATE = 2e-5  # peak, after the warm-up
@@ -57,27 +56,22 @@ MIN_LEARNING_RATE = 2e-6  # end of the cosine
 WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear
 ADAM_BETA1 = 0.9  # decay of the first moment
 ADAM_BETA2 = 0.95  # decay of the second moment
-ADAM_EPS = 1e-8  # added to the root of the second moment
 WEIGHT_DECAY = 0.01  # decoupled, on matrices and embeddings; none on norms and biases
 MAX_GRAD_NORM = 1.0  # global L2 norm to which larger gradients are scaled
-MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
-SPIKE_SIGMA = 6.0  # standard deviations over the mean of the last 200 losses from which a loss is put in spikes.jsonl
 SEED = 42  # order of the sequences
 # ---- Memory and speed ----
 TOKENS_PER_MICRO_BATCH = 0  # tokens per forward on one rank; 0 = auto: memory_plan.py takes the fastest that fits
 ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
-MEMORY_POLICY = "auto"  # ranks communicate "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
-COMPILE = "off"  # torch.compile each block, "on" | "off": little gain on a CPU; benchmarks/gpu.py measures a GPU
-COMPUTE_DTYPE = "bfloat16"  # "bfloat16" | "float32" of forward and backward; masters and moments are always float32
-LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
+COMMUNICATE = "auto"  # gather and reduce "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
+COMPILE = "off"  # torch.compile on the blocks, fused kernels, same results: "on" | "off"; try it with benchmarks/gpu.py
+COMPUTE_DTYPE = "bfloat16"  # of forward and backward; "float32" is for the tests, on a CPU. Masters are always float32
 RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
 PROMPTS = ("Who are you?", "What is 17 + 25?", "Name three fruits.")  # answered at each validation; "" = none
-ANSWER_TOKENS = 64  # tokens after which an answer is broken off
 SAVE_EVERY = 500  # optimizer steps between checkpoints, and to the next try after a failed one; also after the last
-KEEP_CHECKPOINTS = 3  # newest ones kept; one of Genesis has 12 GB
+KEEP_CHECKPOINTS = 3  # latest ones kept; one of Genesis has 12 GB
 COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds after which a rank that died or hangs ends the others; above one micro-batch
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
 # ---- Planning without a run ----
@@ -85,31 +79,74 @@ PLAN_ONLY = False  # print the plan for PLAN_RANKS GPUs of PLAN_GIB each and sto
 PLAN_RANKS = 2  # GPUs of one machine
 PLAN_GIB = 24.0  # GiB of memory of each
 
+# ==== Constants ====
+
+ADAM_EPS = 1e-8  # added to the root of the second moment
+MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
+
+CHOICES = {
+    "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
+    "COMMUNICATE": ("auto", "per_step", "per_micro_batch"),
+    "COMPILE": ("on", "off"),
+    "COMPUTE_DTYPE": ("bfloat16", "float32"),
+    "DEVICE": ("auto", "cuda", "cpu"),
+}
+AT_LEAST_0 = ("MAX_STEPS", "MIN_LEARNING_RATE", "WARMUP_STEPS", "WEIGHT_DECAY", "SEED", "TOKENS_PER_MICRO_BATCH")
+AT_LEAST_0 += ("RESERVED_GIB", "VALIDATE_EVERY")
+AT_LEAST_1 = ("SEQUENCES_PER_STEP", "EPOCHS", "SAVE_EVERY", "KEEP_CHECKPOINTS", "COLLECTIVE_TIMEOUT_SECONDS")
+AT_LEAST_1 += ("EXPECTED_TOKENS_PER_SECOND", "PLAN_RANKS")
+ABOVE_0 = ("LEARNING_RATE", "ADAM_BETA1", "ADAM_BETA2", "MAX_GRAD_NORM", "PLAN_GIB")
+BELOW_1 = ("ADAM_BETA1", "ADAM_BETA2")
+
+
+@dataclass
+class State:
+    """Where a run is and what it was started with: state.json of a checkpoint, and run.json."""
+
+    settings: dict  # every setting's name and value, as JSON gives them back
+    fingerprints: dict  # SHA-256 of "data", "tokenizer" and "base"
+    versions: dict  # of hardware.versions()
+    world_size: int
+    plan: dict = field(default_factory=dict)  # of memory_plan.Plan
+    total_steps: int = 0
+    step: int = 0  # optimizer steps done
+    updates: int = 0  # of them, those that were not skipped
+    history: list = field(default_factory=list)  # {"after_step", "changed"} of each time that settings changed
+
 
 # ==== Model and optimizer ====
 
 
-def shard(model, mesh, compute_dtype, memory_policy):
+def shard(model, mesh, compute_dtype, communicate):
     """Shard `model` in place over `mesh`: each block is a unit, the root holds embedding, last norm, head and loss."""
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    reshard = memory_policy == "per_micro_batch"  # a block between its forward and its backward; never the root
+    reshard = communicate == "per_micro_batch"  # a block between its forward and its backward; never the root
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
-def make_optimizer(model, betas, eps, weight_decay):
-    """Return AdamW with fp32 moments that exist from the start, so that a checkpoint always has a place for them."""
+def make_optimizer(model, betas, weight_decay):
+    """Return AdamW with fp32 moments that exist from the start, so that every checkpoint has the same tensors."""
     params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=ADAM_EPS, fused=True)
     for p in params:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def build(args, mesh, plan):
+    """Return (SFTModel of RESIZED_MODEL, sharded over `mesh` as the memory_plan.Plan says; its optimizer)."""
+    model = sft_model.load_model(args["RESIZED_MODEL"])
+    sft_model.prepare_blocks(model, plan.checkpointing, args["COMPILE"] == "on")
+    shard(model, mesh, getattr(torch, args["COMPUTE_DTYPE"]), plan.communicate)
+    return model, make_optimizer(model, (args["ADAM_BETA1"], args["ADAM_BETA2"]), args["WEIGHT_DECAY"])
 
 
 def learning_rate(step, total_steps, peak, floor, warmup_steps):
@@ -123,88 +160,80 @@ def learning_rate(step, total_steps, peak, floor, warmup_steps):
 # ==== Gates: what must hold before any long work ====
 
 
-def validate_settings(run):
-    """Raise SystemExit with a sentence for a value that no run can have. run: dict of all settings."""
-    for name, values in {
-        "MEMORY_POLICY": ("auto", "per_step", "per_micro_batch"),
-        "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
-        "COMPILE": ("on", "off"),
-        "COMPUTE_DTYPE": ("bfloat16", "float32"),
-        "DEVICE": ("auto", "cuda", "cpu"),
-    }.items():
-        if run[name] not in values:
-            raise SystemExit(f"{name} is {run[name]!r}; it must be one of {', '.join(values)}.")
-    at_least_0 = ("MAX_STEPS", "WARMUP_STEPS", "VALIDATE_EVERY", "MIN_LEARNING_RATE", "WEIGHT_DECAY", "SEED")
-    at_least_0 += ("TOKENS_PER_MICRO_BATCH", "RESERVED_GIB")
-    for name, value in run.items():
-        if isinstance(value, bool | str | tuple):
-            continue
-        above_0 = isinstance(value, float) and name not in at_least_0
-        least = 0 if above_0 or name in at_least_0 else 1
-        if not least <= value < math.inf or (above_0 and value == 0):
-            raise SystemExit(f"{name} is {value}; it must be {'above 0' if above_0 else f'at least {least}'}.")
-    for name in ("ADAM_BETA1", "ADAM_BETA2"):
-        if run[name] >= 1:
-            raise SystemExit(f"{name} is {run[name]}; it must be below 1.")
-    if run["MIN_LEARNING_RATE"] > run["LEARNING_RATE"]:
-        raise SystemExit(f"MIN_LEARNING_RATE ({run['MIN_LEARNING_RATE']}) is above LEARNING_RATE; swap or lower it.")
+def validate_settings(args):
+    """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
+    for name, values in CHOICES.items():
+        if args[name] not in values:
+            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
+    for names, least in ((AT_LEAST_0, 0), (AT_LEAST_1, 1)):
+        for name in names:
+            if not least <= args[name] < math.inf:
+                raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    for name in ABOVE_0:
+        if not 0 < args[name] < math.inf:
+            raise SystemExit(f"{name} is {args[name]}; it must be above 0.")
+    for name in BELOW_1:
+        if args[name] >= 1:
+            raise SystemExit(f"{name} is {args[name]}; it must be below 1.")
+    if args["MIN_LEARNING_RATE"] > args["LEARNING_RATE"]:
+        raise SystemExit(f"MIN_LEARNING_RATE ({args['MIN_LEARNING_RATE']}) is above LEARNING_RATE; swap or lower it.")
 
 
-def agree(data_dir, base_model):
-    """Check that data, tokenizer and base belong together.
+def check_inputs(data_dir, resized_model):
+    """Check that data, tokenizer and model belong together.
 
     Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
     Raises: SystemExit naming the script to run again.
     """
-    report = system.read_json(Path(data_dir) / "report.json", "prepare_data.py")
-    config = system.read_json(Path(base_model) / "config.json", "resize_vocab.py")
-    if not any(Path(base_model).glob("*.safetensors")):
-        raise SystemExit(f"{base_model} has no safetensors. Run resize_vocab.py again.")
-    digests = {}
-    for folder, script in ((Path(data_dir) / "tokenizer", "prepare_data.py"), (Path(base_model), "resize_vocab.py")):
+    data_dir, resized_model = Path(data_dir), Path(resized_model)
+    report = system.read_json(data_dir / "report.json", "prepare_data.py")
+    config = system.read_json(resized_model / "config.json", "resize_vocab.py")
+    if not any(resized_model.glob("*.safetensors")):
+        raise SystemExit(f"{resized_model} has no safetensors. Run resize_vocab.py again.")
+    for folder, script in ((data_dir / "tokenizer", "prepare_data.py"), (resized_model, "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
             raise SystemExit(f"{folder} has no tokenizer.json. Run {script} again.")
-        digests[script] = system.sha256(folder / "tokenizer.json")
-    if digests["prepare_data.py"] != report.get("tokenizer_sha256"):
+    tokenizer = system.sha256(data_dir / "tokenizer" / "tokenizer.json")
+    if tokenizer != report.get("tokenizer_sha256"):
         raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
     rows, tokens = config.get("vocab_size"), report.get("vocab_size")
     if not (isinstance(rows, int) and isinstance(tokens, int) and rows >= tokens):
         raise SystemExit(
-            f"{base_model} has {rows} rows in its vocabulary, but the tokenizer of {data_dir} has {tokens} "
-            "tokens: this base was not resized. Run resize_vocab.py, then name its output."
+            f"{resized_model} has {rows} rows in its vocabulary, but the tokenizer of {data_dir} has {tokens} tokens: "
+            "this base was not resized. Run resize_vocab.py, then name its output with --resized-model."
         )
-    if len(set(digests.values())) > 1:
+    if tokenizer != system.sha256(resized_model / "tokenizer.json"):
         raise SystemExit(
-            f"The tokenizers of {data_dir} and {base_model} differ. Run resize_vocab.py again for this data."
+            f"The tokenizers of {data_dir} and {resized_model} differ. Run resize_vocab.py again for this data."
         )
     return {
         "data": json.dumps(report.get("digest"), sort_keys=True),
-        "tokenizer": digests["prepare_data.py"],
-        "base": system.folder_digest(base_model, "*.safetensors"),
+        "tokenizer": tokenizer,
+        "base": system.folder_digest(resized_model, "*.safetensors"),
     }
 
 
-def check_output(output_dir, facts):
+def check_folder(folder, state):
     """Refuse a folder that holds something else, or a run of other data, tokenizer, base, seed or step size."""
-    output_dir = Path(output_dir)
-    if not output_dir.exists() or not any(output_dir.iterdir()):
+    folder = Path(folder)
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (output_dir / "run.json").is_file():
-        if (output_dir / system.LOCK).is_file():
+    if not (folder / "run.json").is_file():
+        if (folder / system.LOCK).is_file():
             return  # a run that was killed before it had written anything
-        raise SystemExit(f"{output_dir} is not empty and holds no run of sft_v1.py. Name another --output-dir.")
-    before = system.read_json(output_dir / "run.json", "sft_v1.py")
-    before = {kind: value for kind, value in before.items() if isinstance(value, dict)}
-    changed = [
-        f"{name} (then {before.get(kind, {}).get(name)}, now {facts[kind][name]})"
-        for kind, names in (("fingerprints", facts["fingerprints"]), ("settings", ("SEED", "SEQUENCES_PER_STEP")))
-        for name in names
-        if before.get(kind, {}).get(name) != facts[kind][name]
-    ]
-    if changed:
+        raise SystemExit(f"{folder} is not empty and holds no run of sft_v1.py. Name another --checkpoint-dir.")
+    run = system.read_json(folder / "run.json", "sft_v1.py")
+    fingerprints, settings = run.get("fingerprints"), run.get("settings")
+    then = dict(fingerprints) if isinstance(fingerprints, dict) else {}
+    now = dict(state.fingerprints)
+    for name in ("SEED", "SEQUENCES_PER_STEP"):
+        then[name] = settings.get(name) if isinstance(settings, dict) else None
+        now[name] = state.settings[name]
+    different = system.differences(then, now)
+    if different:
         raise SystemExit(
-            f"{output_dir} holds a run that differs in {', '.join(changed)}. Name another --output-dir, or go back to "
-            "what that run used."
+            f"{folder} holds another run: {'; '.join(different)}. Name another --checkpoint-dir, or go back to what "
+            "that run used."
         )
 
 
@@ -230,95 +259,126 @@ def check_lengths(lengths, split, need, config, budget):
 # ==== Checkpoints: the model and the moments, by the model's own names ====
 
 
-def training_state(model, optimizer):
+def checkpoint_tensors(model, optimizer):
     """Return the flat dict of what a checkpoint holds, sharing memory with the run: DTensors and step counts, fp32."""
-    state = {}
+    tensors = {}
     for name, p in model.named_parameters():
         name = name.removeprefix("causal_lm.")
-        state[f"model.{name}"] = p.detach()
+        tensors[f"model.{name}"] = p.detach()
         for key, tensor in optimizer.state[p].items():
-            state[f"optimizer.{key}.{name}"] = tensor
-    return state
+            tensors[f"optimizer.{key}.{name}"] = tensor
+    return tensors
 
 
-def resume(checkpoint, state, fingerprints):
-    """Fill `state` in place from a verified `checkpoint`; return its facts. All ranks call it.
+def load_checkpoint(checkpoint, tensors, fingerprints):
+    """Fill `tensors` in place from a verified `checkpoint`; return its state.json (dict). All ranks call it.
 
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
-    facts = system.read_json(checkpoint / "facts.json", "sft_v1.py")
-    if facts["fingerprints"] != fingerprints:
-        raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --output-dir.")
-    if checkpoint.name != f"step_{facts['step']:06d}":
-        raise SystemExit(f"{checkpoint} holds step {facts['step']}: it was renamed. Give it back its name.")
-    stored = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    missing = [name for name in state if name not in stored]
+    stored = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
+    if stored["fingerprints"] != fingerprints:
+        raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --checkpoint-dir.")
+    if checkpoint.name != checkpoints.checkpoint_name(stored["step"]):
+        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Give it back its name.")
+    entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    missing = [name for name in tensors if name not in entries]
     if missing:
-        lost = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
+        kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
         raise SystemExit(
-            f"{checkpoint} lacks {lost}: {len(missing)} of {len(state)}, first {missing[0]}. A run that continued "
+            f"{checkpoint} lacks {kind}: {len(missing)} of {len(tensors)}, first {missing[0]}. A run that continued "
             "without it would drift; name a whole checkpoint with --resume."
         )
-    for name, tensor in state.items():
-        if stored[name].size != tensor.shape:
-            raise SystemExit(f"{checkpoint}: {name} is {tuple(stored[name].size)}, the model's {tuple(tensor.shape)}.")
-    dcp.load(state, checkpoint_id=str(checkpoint))
-    counts = {float(t) for name, t in state.items() if name.startswith("optimizer.step.")}
-    if counts != {float(facts["updates"])}:
-        raise SystemExit(f"{checkpoint}: moments of {sorted(counts)} updates beside weights of {facts['updates']}.")
+    for name, tensor in tensors.items():
+        if entries[name].size != tensor.shape:
+            raise SystemExit(f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}.")
+    dcp.load(tensors, checkpoint_id=str(checkpoint))
+    check_moments(checkpoint, tensors, stored["updates"])
+    return stored
+
+
+def check_moments(checkpoint, tensors, updates):
+    """Refuse moments of another number of updates than the weights, and moments that are all zero."""
+    counts = {float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer.step.")}
+    if counts != {float(updates)}:
+        raise SystemExit(f"{checkpoint}: moments of {sorted(counts)} updates next to weights of {updates}.")
     for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
-        parts = [t.to_local() if hasattr(t, "to_local") else t for n, t in state.items() if n.startswith(moment)]
-        if facts["updates"] and not any(distributed.on_every_rank(any(bool(part.any()) for part in parts))):
-            raise SystemExit(
-                f"{checkpoint}: all of {moment}* is zero after {facts['updates']} updates; choose another."
-            )
-    return facts
+        parts = [tensor for name, tensor in tensors.items() if name.startswith(moment)]
+        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+        moved = any(bool(part.any()) for part in local)
+        if updates and not any(distributed.on_every_rank(moved)):
+            raise SystemExit(f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another.")
 
 
-def segment(stored, facts):
-    """Return what a continued run changes against the facts `stored` in its checkpoint, as a list of phrases."""
-    then, now = (f["settings"] | {"ranks": f["world_size"]} | f["versions"] for f in (stored, facts))
-    return [
-        f"{name} was {then.get(name)}, is {now[name]}"
-        for name in now
-        if name != "RESUME" and then.get(name) != now[name]
-    ]
+def changed_settings(stored, state):
+    """Return what a continued run changes against the state.json `stored` (dict), as a list of phrases."""
+    now = state.settings | {"ranks": state.world_size} | state.versions
+    then = stored["settings"] | {"ranks": stored["world_size"]} | stored["versions"]
+    names = [name for name in now if name != "RESUME"]
+    return system.differences({name: then.get(name) for name in names}, {name: now[name] for name in names})
+
+
+def resume(checkpoint, model, optimizer, state):
+    """Fill model, optimizer and `state` in place from a verified `checkpoint`; return the list of changed settings."""
+    stored = load_checkpoint(checkpoint, checkpoint_tensors(model, optimizer), state.fingerprints)
+    changed = changed_settings(stored, state)
+    state.step, state.updates, state.history = stored["step"], stored["updates"], stored["history"]
+    if changed:
+        state.history.append({"after_step": state.step, "changed": changed})
+    return changed
+
+
+def save(model, optimizer, args, state, log, last_saved):
+    """Write the checkpoint of state.step; if that fails, say so and continue. Returns the last step saved.
+
+    The next try is at the next SAVE_EVERY: where a write fails late, one after each step would stall the run.
+    """
+    distributed.heartbeat(f"saving step {state.step}", patient=True)
+    try:
+        log.sync()
+        tensors = checkpoint_tensors(model, optimizer)
+        path = checkpoints.save(args["CHECKPOINT_DIR"], state.step, tensors, asdict(state), args["KEEP_CHECKPOINTS"])
+    except OSError as error:
+        log.warn(f"no checkpoint since step {last_saved}")
+        log.say(f"WARNING: no checkpoint at step {state.step}, next try in {args['SAVE_EVERY']} steps: {error}")
+        return last_saved
+    log.warn("")
+    log.say(f"saved {path}")
+    return state.step
 
 
 # ==== Training ====
 
 
-def forward_backward(model, batch, scale, communicate):
+def forward_backward(model, micro_batch, scale, communicate):
     """Add a micro-batch's gradients, times `scale`, to the step's; return its summed cross-entropy (detached).
 
     communicate: reduce the gradients over the ranks now, and give the gathered parameters back.
     """
     model.set_requires_gradient_sync(communicate)
     model.set_reshard_after_backward(communicate)
-    loss = model(**batch)
+    loss = model(micro_batch)
     (loss * scale).backward()
     return loss.detach()
 
 
-def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_grad_norm, stop=False):
+def train_step(model, optimizer, micro_batches, trainable_tokens, communicate, max_grad_norm, stop=False):
     """Run one optimizer step over this rank's micro-batches.
 
-    stop: whether this rank knows of a wish to stop.
+    communicate: "per_step" | "per_micro_batch"; stop: whether this rank knows of a request to stop.
     Returns: (loss per trainable token, grad_norm, updated, stop: whether any rank knows of one), the same on all ranks.
     A non-finite loss or gradient norm leaves parameters and moments as they are, on all ranks alike.
     """
-    total = torch.zeros((), dtype=torch.float32, device=batches[0]["input_ids"].device)
+    total = torch.zeros((), dtype=torch.float32, device=micro_batches[0].input_ids.device)
     # FSDP averages gradients over the ranks; times world_size makes that the sum.
     scale = dist.get_world_size() / trainable_tokens
-    for number, batch in enumerate(batches, start=1):
-        distributed.at(part=f"micro-batch {number} of {len(batches)}")
-        communicate = number == len(batches) or memory_policy == "per_micro_batch"
-        total += forward_backward(model, batch, scale, communicate)
-    distributed.at(part="sum over the ranks")
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        distributed.heartbeat(part=f"micro-batch {number} of {len(micro_batches)}")
+        last = number == len(micro_batches)
+        total += forward_backward(model, micro_batch, scale, last or communicate == "per_micro_batch")
+    distributed.heartbeat(part="sum over the ranks")
     shared = torch.stack([total, torch.full_like(total, float(stop))])
     dist.all_reduce(shared)
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    norm = norm.full_tensor()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
     # The step's one wait for the device.
     loss, stop, grad_norm = torch.stack([shared[0] / trainable_tokens, shared[1], norm]).tolist()
     updated = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -329,229 +389,199 @@ def train_step(model, optimizer, batches, trainable_tokens, memory_policy, max_g
     return loss, grad_norm, updated, stop > 0
 
 
-def rehearse(model, optimizer, batch, plan):
-    """Run the largest micro-batch as in the middle and at the end of a step, so that too little memory shows now.
+def rehearse(model, optimizer, micro_batch, communicate):
+    """Run the largest micro-batch once, so that running out of memory happens now and not hours in.
 
-    Raises: SystemExit with the setting to change. Parameters and moments stay as they are.
+    It runs as in the middle of a step and as at its end. Parameters and moments stay as they are.
+    Raises: SystemExit with the setting to change.
     """
     try:
         for last in (False, True):
-            communicate = last or plan.memory_policy == "per_micro_batch"
-            forward_backward(model, batch, 1.0, communicate)
+            forward_backward(model, micro_batch, 1.0, last or communicate == "per_micro_batch")
     except torch.OutOfMemoryError as error:
         raise SystemExit(
-            f"The largest micro-batch ({batch['input_ids'].numel()} tokens) does not fit into this GPU ({error}). "
+            f"The largest micro-batch ({micro_batch.tokens} tokens) does not fit into this GPU ({error}). "
             "Raise RESERVED_GIB, so that a smaller plan is chosen, or lower TOKENS_PER_MICRO_BATCH."
         ) from None
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(model, optimizer, batches, look, run, facts, log, stop):
-    """Train from facts["step"] to facts["total_steps"] or a wish to stop; validate and save. The loop of the run.
+def train(model, optimizer, loader, validator, args, state, log, stop):
+    """Train to state.total_steps or a request to stop; validate and save. The loop of the run.
 
-    look: called between steps, returns what the validation found (a dict for the log), or None without validation.
+    validator: validation.Validator, or None without validation. `state` is updated in place.
+    Returns: whether the run was stopped.
     """
-    step, updates, saved, skipped, stopped = facts["step"], facts["updates"], facts["step"], 0, False
-    if step == 0 and look:
-        distributed.at("the validation before step 1")
-        log.write({"step": 0} | look(0))
-    peak = dist.get_world_size() * hardware.peak_flops(batches.device, getattr(torch, run["COMPUTE_DTYPE"]))
-    order = (
-        dataloader.sequences_of_step(len(batches.lengths), run["SEED"], number, run["SEQUENCES_PER_STEP"])
-        for number in range(step, facts["total_steps"])
-    )
-    began = time.perf_counter()
-    for indices, parts, line in batches.each(order):
-        distributed.at(f"step {step + 1}")
-        lr = learning_rate(
-            step, facts["total_steps"], run["LEARNING_RATE"], run["MIN_LEARNING_RATE"], run["WARMUP_STEPS"]
-        )
+    if validator and state.step == 0:
+        distributed.heartbeat("the validation before step 1")
+        log.write({"step": 0} | validator.validate(0))
+    total_steps, communicate = state.total_steps, state.plan["communicate"]
+    schedule = (args["LEARNING_RATE"], args["MIN_LEARNING_RATE"], args["WARMUP_STEPS"])
+    last_saved, skipped, stopped = state.step, 0, False
+    start = time.perf_counter()
+    for batch in loader.steps(args["SEED"], args["SEQUENCES_PER_STEP"], state.step, total_steps):
+        distributed.heartbeat(f"step {state.step + 1}")
+        lr = learning_rate(state.step, total_steps, *schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        policy = facts["plan"]["memory_policy"]
         loss, grad_norm, updated, stopped = train_step(
-            model, optimizer, parts, line["trainable_tokens"], policy, run["MAX_GRAD_NORM"], stop.asked()
-        )
-        step, updates, skipped = step + 1, updates + updated, 0 if updated else skipped + 1
-        seconds = time.perf_counter() - began
-        line = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm} | line
-        line |= {"micro_batches": len(parts), "step_seconds": round(seconds, 4)}
-        line |= {"tokens_per_second": round(line["tokens"] / seconds, 1)}
-        line |= {"trainable_tokens_per_second": round(line["trainable_tokens"] / seconds, 1)}
-        line |= {"mfu": round(line.pop("flops") / seconds / peak, 4), "peak_gib": hardware.peak_gib(batches.device)}
-        log.judge(line, indices, updated, run["SPIKE_SIGMA"])
-        if skipped == run["MAX_SKIPPED_IN_A_ROW"]:
-            raise SystemExit(
-                f"{skipped} steps in a row had no finite loss and gradient, up to step {step}. The checkpoints before "
-                "them stay. Look at the base model, COMPUTE_DTYPE and LEARNING_RATE."
-            )
-        last = step == facts["total_steps"]
-        if look and (step % run["VALIDATE_EVERY"] == 0 or last):
-            line |= look(step)
-        log.write(line)
-        log.advance(line)
-        if step % run["SAVE_EVERY"] == 0 or last or stopped:
-            saved = save(model, optimizer, run, facts | {"step": step, "updates": updates}, log, saved)
+            model, optimizer, batch.micro_batches, batch.stats["trainable_tokens"], communicate,
+            args["MAX_GRAD_NORM"], stop.requested(),
+        )  # fmt: skip
+        state.step += 1
+        state.updates += updated
+        metrics = log.metrics(state.step, loss, grad_norm, lr, batch, time.perf_counter() - start)
+        log.check_spike(metrics, batch.indices)
+        skipped = count_skipped(skipped, updated, metrics, batch, log)
+        last = state.step == total_steps
+        if validator and (state.step % args["VALIDATE_EVERY"] == 0 or last):
+            metrics |= validator.validate(state.step)
+        log.write(metrics)
+        log.advance(metrics)
+        if state.step % args["SAVE_EVERY"] == 0 or last or stopped:
+            last_saved = save(model, optimizer, args, state, log, last_saved)
         if stopped:
             break
-        began = time.perf_counter()
-    if saved != step:
+        start = time.perf_counter()
+    if last_saved != state.step:
         raise SystemExit("The last checkpoint could not be written. Make room and run the same command again.")
-    if stopped:
-        log.say(f"Stopped after step {step}, as asked. To continue, in {Path.cwd()}:\n{stop.done()}")
+    return stopped
 
 
-def save(model, optimizer, run, facts, log, saved):
-    """Write the checkpoint of facts["step"]; a failing write is told and the run goes on. Returns the last step saved.
-
-    The next try is at the next SAVE_EVERY: where a write fails late, one after each step would stall the run.
-    """
-    step = facts["step"]
-    distributed.at(f"saving step {step}", patient=True)
-    try:
-        log.sync()
-        state = training_state(model, optimizer)
-        path = checkpoints.save(run["OUTPUT_DIR"], step, state, facts, run["KEEP_CHECKPOINTS"])
-    except OSError as error:
-        log.warn(f"no checkpoint since step {saved}")
-        log.say(f"WARNING: no checkpoint at step {step}, next try in {run['SAVE_EVERY']} steps: {error}")
-        return saved
-    log.warn("")
-    log.say(f"saved {path}")
-    return step
+def count_skipped(skipped, updated, metrics, batch, log):
+    """Return the number of skipped steps in a row; record one. Raises: SystemExit at MAX_SKIPPED_IN_A_ROW."""
+    if updated:
+        return 0
+    skipped += 1
+    log.record_skipped(metrics, batch.indices)
+    if skipped == MAX_SKIPPED_IN_A_ROW:
+        raise SystemExit(
+            f"{skipped} steps in a row had no finite loss and gradient, up to step {metrics['step']}. The checkpoints "
+            "before them stay. Look at the resized model, COMPUTE_DTYPE and LEARNING_RATE."
+        )
+    return skipped
 
 
 # ==== Start and end ====
 
 
-def choose_checkpoint(output_dir, wanted):
-    """Return the Path of the verified checkpoint to continue from, or None for a fresh start."""
-    if wanted == "newest" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
-        return checkpoints.newest_whole(output_dir)
-    checkpoints.verify(found := Path(output_dir) / wanted)
-    if checkpoints.listed(output_dir)[0].name != wanted:
-        raise SystemExit(
-            f"{output_dir} holds checkpoints newer than {wanted}. Move them away to go back to it: a run that "
-            "continued beside them would leave two histories in one folder."
-        )
-    return found
+def load_inputs(args):
+    """Return (the data's splits, the model's config, int64 lengths of the training split), checked for the run."""
+    config = hf_folder.load_config(args["RESIZED_MODEL"], "Run resize_vocab.py.")
+    data = dataloader.load_data(args["DATA_DIR"])
+    lengths = dataloader.sequence_lengths(data["train"])
+    budget = args["TOKENS_PER_MICRO_BATCH"]
+    check_lengths(lengths, "training", args["SEQUENCES_PER_STEP"], config, budget)
+    if args["VALIDATE_EVERY"]:
+        check_lengths(dataloader.sequence_lengths(data["validation"]), "validation", 1, config, budget)
+    return data, config, lengths
 
 
-def claim(run, facts):
-    """Check this run's folder, lock it against a second one, and clear what a killed save left. Returns the lock."""
-    check_output(run["OUTPUT_DIR"], facts)
-    Path(run["OUTPUT_DIR"]).mkdir(parents=True, exist_ok=True)
-    lock = system.lock(run["OUTPUT_DIR"], "--output-dir")
-    checkpoints.clear_staging(run["OUTPUT_DIR"])
-    return lock
-
-
-def announce(run, facts, lines, parameters, changed):
-    """Refuse a disk too small for the run, record the facts in run.json, and print what will happen (`lines`)."""
-    output_dir, step = Path(run["OUTPUT_DIR"]), facts["step"]
-    if step < facts["total_steps"]:
-        count = max(1, run["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(output_dir)))
-        checkpoints.check_room(output_dir, parameters * 12 * count)
-    system.write_whole(output_dir / "run.json", json.dumps(facts, indent=1) + "\n")
-    if changed:
-        print(f"WARNING: settings changed after step {step}: {'; '.join(changed)}.")
+def print_plan(args):
+    """Print the plan of a run on PLAN_RANKS GPUs of PLAN_GIB, without a GPU or weights."""
+    _, config, lengths = load_inputs(args)
+    limit = (args["PLAN_GIB"] - args["RESERVED_GIB"]) * memory_plan.GIB
+    topology = memory_plan.Topology(args["PLAN_RANKS"], 1, "cuda")
+    *_, lines = memory_plan.plan_run(args, config, memory_plan.shapes(config), lengths, topology, limit)
     print(lines)
-    print(f"continue   {output_dir}/step_{step:06d}, {step:,} steps done" if step else "start      from the base")
-    if step >= facts["total_steps"]:
-        print(f"Nothing to do: {step:,} of {facts['total_steps']:,} steps are done.")
+
+
+def initial_state(args, world_size):
+    """Return the State of a run that starts from the base."""
+    return State(
+        settings=json.loads(json.dumps(args)),  # a tuple becomes a list, as it comes back from a checkpoint
+        fingerprints=check_inputs(args["DATA_DIR"], args["RESIZED_MODEL"]),
+        versions=hardware.versions(),
+        world_size=world_size,
+    )
+
+
+def claim(args, state, locks):
+    """Check this run's folder, lock it against a second run until `locks` closes, and clear what a killed save left."""
+    folder = args["CHECKPOINT_DIR"]
+    check_folder(folder, state)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    locks.enter_context(system.lock(folder, "--checkpoint-dir"))
+    checkpoints.clear_unfinished(folder)
+
+
+def announce(args, state, lines, parameters, changed):
+    """Refuse a disk too small for the run, record its state in run.json, and print what will happen (`lines`)."""
+    folder = Path(args["CHECKPOINT_DIR"])
+    if state.step < state.total_steps:
+        count = max(1, args["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(folder)))
+        checkpoints.check_room(folder, parameters * 12 * count)
+    system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
+    if changed:
+        print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
+    print(lines)
+    if state.step:
+        print(f"continue   {folder}/{checkpoints.checkpoint_name(state.step)}, {state.step:,} steps done")
+    else:
+        print("start      from the base")
+    if state.step >= state.total_steps:
+        print(f"Nothing to do: {state.step:,} of {state.total_steps:,} steps are done.")
     sys.stdout.flush()
 
 
-def make_plan(run, config, lengths, place, limit):
-    """Choose how the run uses its memory, and lay out its first epoch.
+def run(args, device, mesh, locks):
+    """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
+    distributed.heartbeat("loading", patient=True)
+    world_size, folder = dist.get_world_size(), args["CHECKPOINT_DIR"]
+    state = initial_state(args, world_size)
+    versions = {name: state.versions[name] for name in ("torch", "code")}
+    distributed.check_same(args | state.fingerprints | versions)
+    distributed.on_rank0(lambda: claim(args, state, locks))
+    distributed.check_shared(folder, system.LOCK)
 
-    place: (number of ranks, of machines, "cuda" or "cpu"); limit: bytes a rank may use.
-    Returns: (memory_plan.Plan, what step_plan.survey finds, total steps, the lines to print).
-    """
-    world_size, machines, _ = place
-    one_epoch = dataloader.steps_per_epoch(len(lengths), run["SEQUENCES_PER_STEP"])
-    total_steps = run["MAX_STEPS"] or run["EPOCHS"] * one_epoch
-    sizes, dtype = memory_plan.shapes(config), getattr(torch, run["COMPUTE_DTYPE"])
-    plan = memory_plan.choose(config, world_size // machines, dtype, run, int(lengths.max()), limit)
-    costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
-    steps = min(one_epoch, total_steps)
-    survey = dataloader.survey(lengths, world_size, plan.tokens, costs, run["SEED"], steps, run["SEQUENCES_PER_STEP"])
-    lines = memory_plan.describe(plan, config, run, lengths, survey, total_steps, limit, place)
-    return plan, survey, total_steps, lines
+    data, config, lengths = load_inputs(args)
+    sizes = memory_plan.shapes(config)
+    topology = memory_plan.Topology(world_size, world_size // mesh.size(-1), device.type)
+    limit = hardware.memory(device) - args["RESERVED_GIB"] * memory_plan.GIB
+    plan, survey, state.total_steps, lines = distributed.on_rank0(
+        lambda: memory_plan.plan_run(args, config, sizes, lengths, topology, limit)
+    )
+    state.plan = asdict(plan)
 
-
-def read_config(base_model):
-    """Return the transformers config of the folder `base_model`. Raises: SystemExit if there is none."""
-    try:
-        return AutoConfig.from_pretrained(base_model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(
-            f"{base_model} has no config that transformers can read ({error}). Run resize_vocab.py."
-        ) from None
-
-
-def main(run):
-    """Train as the settings `run` (dict) say, or print the plan of it."""
-    validate_settings(run)
-    transformers.utils.logging.disable_progress_bar()
-    if PLAN_ONLY:
-        config, data = read_config(BASE_MODEL), dataloader.load_data(DATA_DIR)
-        check_lengths(
-            dataloader.sequence_lengths(data["train"]), "training", SEQUENCES_PER_STEP, config, TOKENS_PER_MICRO_BATCH
-        )
-        limit = (PLAN_GIB - RESERVED_GIB) * memory_plan.GIB
-        print(make_plan(run, config, dataloader.sequence_lengths(data["train"]), (PLAN_RANKS, 1, "cuda"), limit)[-1])
+    model, optimizer = build(args, mesh, plan)
+    checkpoint = distributed.on_rank0(lambda: checkpoints.choose(folder, args["RESUME"]))
+    changed = resume(checkpoint, model, optimizer, state) if checkpoint else []
+    distributed.on_rank0(lambda: export_hf.dry_run(args["RESIZED_MODEL"]))
+    distributed.check_same({"step": state.step, "training tokens": int(lengths.sum())})
+    distributed.on_rank0(lambda: announce(args, state, lines, sizes.all, changed))
+    if state.step >= state.total_steps:
         return
-    device, mesh = distributed.join(DEVICE)
-    if device.type == "cuda" and COMPUTE_DTYPE == "float32":
+
+    distributed.heartbeat("the largest micro-batch, tried first")
+    loader = dataloader.PackedLoader(data["train"], sizes, plan.tokens, device)
+    largest = dataloader.concatenate(list(loader.rows(survey.largest).values())).to(device)
+    rehearse(model, optimizer, largest, plan.communicate)
+    peak = world_size * hardware.peak_flops(device, getattr(torch, args["COMPUTE_DTYPE"]))
+    log = training_log.Log(folder, state.step, state.total_steps, device, peak)
+    validator = None
+    if args["VALIDATE_EVERY"]:
+        held_out = dataloader.PackedLoader(data["validation"], sizes, plan.tokens, device)
+        validator = validation.Validator(model, data["validation"], held_out, log, args)
+    stop = distributed.Stop(folder)
+    if train(model, optimizer, loader, validator, args, state, log, stop):
+        stop.clear()
+        log.say(f"Stopped after step {state.step}, as asked. To continue, in {Path.cwd()}:")
+        log.say(distributed.resume_command())
+    log.close()
+
+
+def main(args):
+    """Train as the settings `args` (dict) say, or print the plan of it."""
+    validate_settings(args)
+    transformers.utils.logging.disable_progress_bar()
+    if args["PLAN_ONLY"]:
+        print_plan(args)
+        return
+    device, mesh = distributed.join(args["DEVICE"])
+    if device.type == "cuda" and args["COMPUTE_DTYPE"] == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
-    with distributed.Watch(COLLECTIVE_TIMEOUT_SECONDS):
-        distributed.at("loading", patient=True)
-        fingerprints = agree(DATA_DIR, BASE_MODEL)
-        chosen = json.loads(json.dumps(run))  # as a checkpoint gives them back: a tuple is a list there
-        facts = {"fingerprints": fingerprints, "settings": chosen, "versions": hardware.versions()}
-        facts |= {"step": 0, "updates": 0, "world_size": dist.get_world_size(), "base_model": BASE_MODEL, "history": []}
-        distributed.agree_on(run | fingerprints | {name: facts["versions"][name] for name in ("torch", "code")})
-        lock = distributed.on_rank0(lambda: claim(run, facts))
-        distributed.check_shared(OUTPUT_DIR, system.LOCK)
-
-        data, config = dataloader.load_data(DATA_DIR), read_config(BASE_MODEL)
-        for split, need in (("train", SEQUENCES_PER_STEP), ("validation", 1)):
-            if split == "train" or VALIDATE_EVERY:
-                check_lengths(dataloader.sequence_lengths(data[split]), split, need, config, TOKENS_PER_MICRO_BATCH)
-        place = (dist.get_world_size(), dist.get_world_size() // mesh.size(-1), device.type)
-        limit = hardware.memory(device) - RESERVED_GIB * memory_plan.GIB
-        lengths = dataloader.sequence_lengths(data["train"])
-        planned = distributed.on_rank0(lambda: make_plan(run, config, lengths, place, limit))
-        plan, survey, facts["total_steps"], lines = distributed.on_every_rank(planned)[0]
-        facts["plan"] = dataclasses.asdict(plan)
-
-        model = sft_model.load_model(BASE_MODEL, LOSS_CHUNK_TOKENS)
-        sft_model.prepare_blocks(model, plan.checkpointing, COMPILE == "on")
-        sizes = memory_plan.shapes(config)
-        batches = dataloader.Batches(data["train"], sizes, plan.tokens, device)
-        held_out = dataloader.Batches(data["validation"], sizes, plan.tokens, device) if VALIDATE_EVERY else None
-        shard(model, mesh, getattr(torch, COMPUTE_DTYPE), plan.memory_policy)
-        optimizer = make_optimizer(model, (ADAM_BETA1, ADAM_BETA2), ADAM_EPS, WEIGHT_DECAY)
-        checkpoint = distributed.on_rank0(lambda: choose_checkpoint(OUTPUT_DIR, RESUME))
-        changed = []
-        if checkpoint := distributed.on_every_rank(checkpoint)[0]:
-            stored = resume(checkpoint, training_state(model, optimizer), fingerprints)
-            changed = segment(stored, facts)
-            told = [{"after_step": stored["step"], "changed": changed}] if changed else []
-            facts |= {name: stored[name] for name in ("step", "updates")} | {"history": stored["history"] + told}
-        distributed.on_rank0(lambda: export_hf.dry_run(BASE_MODEL))
-        distributed.agree_on({"step": facts["step"], "training tokens": int(lengths.sum())})
-        distributed.on_rank0(lambda: announce(run, facts, lines, sizes.all, changed))
-        if facts["step"] < facts["total_steps"]:
-            distributed.at("the largest micro-batch, tried first")
-            largest = dataloader.micro_batch(list(batches.rows(survey["largest"]).values()))
-            rehearse(model, optimizer, dataloader.each_tensor(largest, batches.to_device), plan)
-            log = training_log.Log(OUTPUT_DIR, facts["step"], facts["total_steps"])
-            look = validation.looker(model, data, held_out, log, run, device)
-            train(model, optimizer, batches, look, run, facts, log, distributed.Stop(OUTPUT_DIR))
-            log.close()
-    del lock  # held to here
+    with contextlib.ExitStack() as locks, distributed.Watchdog(args["COLLECTIVE_TIMEOUT_SECONDS"]):
+        run(args, device, mesh, locks)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, models, runs of the trainer, the peers' environment, facts of the machine, RESULT.
+"""What the benchmarks share: inputs, models, runs of the trainer, the peers' environment, the machine, RESULT.
 
 Writes .venv-benchmarks/ (the peers), benchmarks/work/ (inputs and results) and, if it is missing, demo/work/base.
 Imports nothing heavy: prepare_memory.py must not share pages with what it measures.
@@ -56,7 +56,7 @@ TRAINER = {
     "--save-every": 1_000_000,
     "--activation-checkpointing": "off",
     "--compile": "off",
-    "--memory-policy": "per_step",
+    "--communicate": "per_step",
 }
 
 
@@ -70,7 +70,7 @@ def run(*command, **options):
 
 
 def peers_python():
-    """Return the Python of .venv-benchmarks, made anew if benchmarks/requirements.txt changed."""
+    """Return the Python of .venv-benchmarks, rebuilt if benchmarks/requirements.txt changed."""
     wanted, installed = ROOT / "benchmarks" / "requirements.txt", PEERS / "requirements.txt"
     python = PEERS / "bin" / "python"
     if not installed.is_file() or installed.read_bytes() != wanted.read_bytes():
@@ -150,7 +150,7 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
     """Write `sequences`, pairs of (ids, mask), as a folder of prepare_data.py; the first 4 are its validation, too.
 
     tokenizer: the folder of the base's tokenizer, None for write_base's. In epoch_order's permutation the trainer
-    takes them in the order given, so that a peer which reads the split "ordered" sees the same steps.
+    takes them in their order here, so that a peer which reads the split "ordered" sees the same steps.
     """
     import datasets
     import numpy as np
@@ -168,8 +168,8 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
         return datasets.Dataset.from_dict(parts, features=datasets.Features(features))
 
     stored = [None] * len(sequences)
-    for place, row in zip(dataloader.epoch_order(len(sequences), SEED, 0), sequences, strict=True):
-        stored[place] = row
+    for index, row in zip(dataloader.epoch_order(len(sequences), SEED, 0), sequences, strict=True):
+        stored[index] = row
     shutil.rmtree(folder, ignore_errors=True)
     splits = {"train": split(stored), "validation": split(sequences[:4]), "ordered": split(sequences)}
     datasets.DatasetDict(splits).save_to_disk(folder)
@@ -207,7 +207,8 @@ def flags(chosen):
 
 def trainer_arguments(data, base, output, steps, **chosen):
     """Return sft_v1.py's arguments for a run. chosen: flags such as `tokens_per_micro_batch=8192`, over TRAINER's."""
-    arguments = TRAINER | {"--data-dir": data, "--base-model": base, "--output-dir": output, "--max-steps": steps}
+    arguments = TRAINER | {"--data-dir": data, "--resized-model": base, "--checkpoint-dir": output}
+    arguments["--max-steps"] = steps
     arguments |= {f"--{name.replace('_', '-')}": value for name, value in chosen.items()}
     return flags(arguments | {"--seed": SEED})
 
@@ -245,12 +246,12 @@ def medians(rounds):
 
 
 def machine():
-    """Print and return the facts that a figure is worth nothing without."""
+    """Print and return the hardware and versions (dict) that a figure is worth nothing without."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     packages = ("torch", "transformers", "datasets", "tokenizers")
     query = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    facts = {
+    record = {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "cores": CORES,
         "ram_gib": round(memory, 1),
@@ -259,8 +260,8 @@ def machine():
         "commit": run("git", "rev-parse", "--short", "HEAD").strip(),
         "dirty": bool(run("git", "status", "--porcelain")),
     }
-    print("machine:", json.dumps(facts), flush=True)
-    return facts
+    print("machine:", json.dumps(record), flush=True)
+    return record
 
 
 def result(**figures):

@@ -31,15 +31,18 @@ FOLDER = common.WORK / "gpu"
 
 
 def ours(size, compiled, checkpointing):
-    """Return {"seconds": list, "peak_gib", "mfu"} of a run of sft_v1.py; MFU and memory if the trainer tells them."""
+    """Return {"seconds": list, "peak_gib", "mfu"} of a run of sft_v1.py; MFU and memory if the trainer reports them."""
     chosen = {"compile": compiled, "activation_checkpointing": checkpointing, "device": size["device"]}
     chosen |= {"sequences_per_step": size["sequences"], "tokens_per_micro_batch": size["tokens_per_micro_batch"]}
     lines = common.train(FOLDER / "data", FOLDER / "base", 1, common.CORES, size["steps"], **chosen)
     timed = lines[len(lines) // 2 :]
     shares = [line["mfu"] for line in timed if line.get("mfu")]
     peaks = [line["peak_gib"] for line in lines if line.get("peak_gib")]
-    facts = {"mfu": sum(shares) / len(shares) if shares else None, "peak_gib": max(peaks, default=None)}
-    return {"seconds": [line["step_seconds"] for line in lines]} | facts
+    return {
+        "seconds": [line["step_seconds"] for line in lines],
+        "peak_gib": max(peaks, default=None),
+        "mfu": sum(shares) / len(shares) if shares else None,
+    }
 
 
 def peer(size, python, recipe, checkpointing):
@@ -47,7 +50,7 @@ def peer(size, python, recipe, checkpointing):
     chosen = {
         "--recipe": recipe,
         "--data-dir": FOLDER / "data",
-        "--base-model": FOLDER / "base",
+        "--resized-model": FOLDER / "base",
         "--steps": size["steps"],
         "--accumulation": size["sequences"] // 2,
         "--pad-to": size["cut"],
@@ -74,34 +77,34 @@ def contenders(size):
 def measure(size, lengths):
     """Run every contender; return a list of its figures, without those that failed."""
     timed = sum(lengths[size["steps"] // 2 * size["sequences"] :])
-    found = []
+    rows = []
     for kind, name, checkpointing, function in contenders(size):
         try:
             figures = function()
         except SystemExit as error:
             words = str(error)
-            told = "memory ran out" if "out of memory" in words.lower() else words[-1500:]
-            print(f"{name}, checkpointing {checkpointing}: failed, {told}", flush=True)
+            reason = "memory ran out" if "out of memory" in words.lower() else words[-1500:]
+            print(f"{name}, checkpointing {checkpointing}: failed, {reason}", flush=True)
             continue
         figures["tokens_per_s"] = timed / sum(figures["seconds"][size["steps"] // 2 :])
-        found.append({"kind": kind, "name": name, "checkpointing": checkpointing} | figures)
-    known = next((figures for figures in found if figures["mfu"]), None)
-    for figures in found:
+        rows.append({"kind": kind, "name": name, "checkpointing": checkpointing} | figures)
+    known = next((figures for figures in rows if figures["mfu"]), None)
+    for figures in rows:
         if known and not figures["mfu"]:
             figures["mfu"] = known["mfu"] * figures["tokens_per_s"] / known["tokens_per_s"]
-    return found
+    return rows
 
 
-def table(found):
+def table(rows):
     """Return the lines of a Markdown table."""
     yield "| run | checkpointing | tokens/s | MFU | peak memory, GiB |\n|---|---|---:|---:|---:|"
-    for figures in found:
+    for figures in rows:
         mfu = f"{figures['mfu']:.1%}" if figures["mfu"] else "unknown"
         peak = f"{figures['peak_gib']:.1f}" if figures["peak_gib"] else "unknown"
         yield f"| {figures['name']} | {figures['checkpointing']} | {figures['tokens_per_s']:,.0f} | {mfu} | {peak} |"
 
 
-def main(run):
+def main(args):
     """Measure on the GPU, print the table and the RESULT line."""
     if not QUICK and not torch.cuda.is_available():
         raise SystemExit("gpu.py measures a CUDA GPU, and torch sees none. --quick tries the benchmark on the CPU.")
@@ -112,10 +115,10 @@ def main(run):
     common.machine()
     lengths = common.genesis_lengths(size["steps"] * size["sequences"], size["cut"])
     common.in_child(common.write_inputs, FOLDER, shape, lengths)
-    found = measure(size, lengths)
-    print("\n".join(table(found)), flush=True)
+    rows = measure(size, lengths)
+    print("\n".join(table(rows)), flush=True)
     best = {}
-    for figures in sorted(found, key=lambda figures: figures["tokens_per_s"]):
+    for figures in sorted(rows, key=lambda figures: figures["tokens_per_s"]):
         best[figures["kind"]] = best[figures["kind"], figures["checkpointing"]] = figures
     if "ours" not in best:
         raise SystemExit("No run of sft_v1.py came to its end; see above.")

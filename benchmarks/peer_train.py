@@ -26,7 +26,7 @@ from sft import settings
 # ---- Peer ----
 RECIPE = "trl"  # "trl" | "padded"
 DATA_DIR = ""  # folder with a split "ordered", from common.write_data
-BASE_MODEL = ""  # HF folder
+RESIZED_MODEL = ""  # HF folder
 # ---- Steps ----
 STEPS = 2  # optimizer steps
 MICRO_BATCH = 2  # sequences per forward and process
@@ -137,15 +137,16 @@ def train_padded(model, rows):
     return seconds, losses
 
 
-def main(run):
+def main(args):
     """Train STEPS steps and print the figures."""
     datasets.disable_progress_bars()
     rows = datasets.load_from_disk(DATA_DIR)["ordered"].select_columns(["input_ids", "assistant_masks"])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL, dtype=getattr(torch, MODEL_DTYPE))
+    model = AutoModelForCausalLM.from_pretrained(RESIZED_MODEL, dtype=getattr(torch, MODEL_DTYPE))
     seconds, losses = {"trl": train_trl, "padded": train_padded}[RECIPE](model, rows)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # all of the process, without a GPU
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else held
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # all of the process, without a GPU
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"step_seconds": seconds, "losses": losses, "peak_gib": peak / 2**30}))
 

@@ -1,6 +1,6 @@
 """TRL's own preparation of a JSONL file of `messages`, timed; benchmarks/prepare.py runs it in .venv-benchmarks.
 
-The time goes from load_dataset to the tokenised dataset that SFTTrainer's constructor leaves; a tiny model stands in.
+The time goes from load_dataset to the tokenised dataset that SFTTrainer's constructor leaves; the model is tiny.
 Prints one line of JSON: tokens, sequences, seconds.
 """
 
@@ -40,7 +40,7 @@ def trl_config(folder, **options):
     return SFTConfig(output_dir=str(folder), bf16=False, **defaults, **options)
 
 
-def main(run):
+def main(args):
     """Prepare MESSAGES once, with nothing cached, and print the figures."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     model = tiny_model(tokenizer)

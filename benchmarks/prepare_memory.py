@@ -30,7 +30,7 @@ QUICK = False  # 20,000 conversations
 SAMPLE_SECONDS = 0.2  # between two looks at the memory
 SEED = 0  # of the generated text
 
-# ==== Facts ====
+# ==== Constants ====
 
 FOLDER = common.WORK / "memory"
 SENTENCES = 200_000  # kept to draw from

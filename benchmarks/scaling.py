@@ -10,7 +10,7 @@ micro-batches   their number, at fixed tokens in each; communication once per st
 width           hidden and intermediate size, drawn against the weights of the matrices, which grow with their square
 
 A point is the fastest step of a run after its first two: what else the machine does can only add to it. R^2 is that of
-the least-squares line, of both policies the lower one. Writes benchmarks/work/scaling.png and scaling.json.
+the least-squares line, of both ways to communicate the lower one. Writes benchmarks/work/scaling.png, scaling.json.
 """
 
 import json
@@ -49,15 +49,15 @@ def data(steps):
     return common.write_data(FOLDER / "data", rows, VOCABULARY)
 
 
-def step_seconds(model, rows, steps, per_micro_batch, micro_batches, policy):
+def step_seconds(model, rows, steps, per_micro_batch, micro_batches, communicate):
     """Return the seconds of the fastest step; on each rank `micro_batches` of `per_micro_batch` sequences."""
     count = 2 * per_micro_batch * micro_batches
-    size = {"sequences_per_step": count, "tokens_per_micro_batch": per_micro_batch * LENGTH, "memory_policy": policy}
+    size = {"sequences_per_step": count, "tokens_per_micro_batch": per_micro_batch * LENGTH, "communicate": communicate}
     lines = common.train(rows, model, 2, 1, steps, **size)
     if any(line["micro_batches"] != micro_batches for line in lines):
         raise SystemExit(f"{count} sequences are {lines[0]['micro_batches']} micro-batches, not {micro_batches}.")
     seconds = min(line["step_seconds"] for line in lines[2:])
-    print(f"{model.name}, {micro_batches} x {per_micro_batch} sequences, {policy}: {seconds:.3f} s", flush=True)
+    print(f"{model.name}, {micro_batches} x {per_micro_batch} sequences, {communicate}: {seconds:.3f} s", flush=True)
     return seconds
 
 
@@ -68,8 +68,9 @@ def measure(points, steps):
     for n in range(1, points + 1):
         seconds = step_seconds(model, rows, steps, 2 * n, 1, "per_step")
         lines["tokens"].append((2 * 2 * n * LENGTH, seconds))
-        for policy in ("per_step", "per_micro_batch"):
-            lines[f"micro_batches {policy}"].append((2 * n, step_seconds(model, rows, steps, 1, 2 * n, policy)))
+        for communicate in ("per_step", "per_micro_batch"):
+            seconds = step_seconds(model, rows, steps, 1, 2 * n, communicate)
+            lines[f"micro_batches {communicate}"].append((2 * n, seconds))
         wider, weights = base(WIDTH * n)
         lines["width"].append((weights / 1e6, step_seconds(wider, rows, steps, 2, 1, "per_step")))
     return lines
@@ -94,11 +95,11 @@ def draw(lines, fits, path):
     titles = {"tokens": "tokens per step", "micro_batches": "micro-batches per rank", "width": "million weights"}
     panels = dict(zip(titles, figure.subplots(1, 3), strict=True))
     for name, points in lines.items():
-        kind, _, policy = name.partition(" ")
+        kind, _, communicate = name.partition(" ")
         x, y = zip(*points, strict=True)
         slope, intercept, r2 = fits[name]
         ends = (0, max(x))
-        label = f"{policy} R² {r2:.3f}".strip()
+        label = f"{communicate} R² {r2:.3f}".strip()
         (drawn,) = panels[kind].plot(ends, [slope * end + intercept for end in ends], label=label)
         panels[kind].plot(x, y, "o", color=drawn.get_color())
     for kind, panel in panels.items():
@@ -107,7 +108,7 @@ def draw(lines, fits, path):
     figure.savefig(path, dpi=120)
 
 
-def main(run):
+def main(args):
     """Measure the lines, fit them, draw them, print the RESULT line."""
     common.machine()
     lines = measure(3 if QUICK else POINTS, 5 if QUICK else STEPS)
@@ -119,7 +120,7 @@ def main(run):
     print(f"drawn: {(common.WORK / 'scaling.png').relative_to(common.ROOT)}")
     common.result(
         r2_tokens=round(fits["tokens"][2], 4),
-        r2_micro_batches=round(min(fits[f"micro_batches {p}"][2] for p in ("per_step", "per_micro_batch")), 4),
+        r2_micro_batches=round(min(fits[f"micro_batches {way}"][2] for way in ("per_step", "per_micro_batch")), 4),
         r2_width=round(fits["width"][2], 4),
     )
 

@@ -13,7 +13,7 @@ its traffic are to each other as they are for Genesis 1B on two RTX 4090s withou
 
 compute_to_link is 0.30. Here compute is the step of a once-per-step run without a limit, divided by its micro-batches;
 traffic is what the kernel counts at the veth in a per-micro-batch step (gloo sends more than the formula). The limit
-follows from the first of each. Then, in each round, compute is measured again without the limit, and both policies
+follows from the first of each. Then, in each round, compute is measured again without the limit, and both ways
 train on the limited link. once_per_step_ratio is that of their median steps; compute_to_link is the one that was met.
 """
 
@@ -30,7 +30,7 @@ import common
 from sft import settings
 
 # ---- Runs ----
-ROUNDS = 2  # of both policies in turn; the median of all timed steps counts
+ROUNDS = 2  # of both ways of communication in turn; the median of all timed steps counts
 STEPS = 5  # optimizer steps of a run; the first is not timed
 QUICK = False  # one round of 3 steps
 # ---- Genesis on two RTX 4090s ----
@@ -56,8 +56,10 @@ def refuse():
     """Raise SystemExit where no network namespaces can be made."""
     missing = [tool for tool in ("ip", "tc") if not shutil.which(tool)]
     if sys.platform != "linux" or missing or os.geteuid():
-        found = f"without {' and '.join(missing)}" if missing else f"{sys.platform}, user {os.geteuid()}"
-        raise SystemExit(f"slow_link.py makes network namespaces: it needs Linux, root, ip and tc. Found: {found}.")
+        seen = f"{sys.platform}, user {os.geteuid()}"
+        if missing:
+            seen = f"no {' and no '.join(missing)}"
+        raise SystemExit(f"slow_link.py makes network namespaces: it needs Linux, root, ip and tc. Here: {seen}.")
 
 
 def join_namespaces():
@@ -99,19 +101,19 @@ def sent():
 # ==== Runs ====
 
 
-def train(policy, steps):
+def train(communicate, steps):
     """Train on both ranks, each in its namespace; return (seconds of each step but the first, bytes sent per step)."""
     output, logs, ranks = FOLDER / "run", [], []
     shutil.rmtree(output, ignore_errors=True)
-    size = {"sequences_per_step": 4 * ACCUMULATION, "tokens_per_micro_batch": 2 * LENGTH, "memory_policy": policy}
+    size = {"sequences_per_step": 4 * ACCUMULATION, "tokens_per_micro_batch": 2 * LENGTH, "communicate": communicate}
     arguments = common.trainer_arguments(FOLDER / "data", FOLDER / "base", output, steps, **size)
     before = sent()
     for rank, name in enumerate(NAMES):
         # As torchrun would start two ranks of one machine: sharded over both.
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 1}
-        place |= {"GROUP_RANK": 0, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": LINK}
-        place |= {"OMP_NUM_THREADS": 1}
-        environment = os.environ | common.OFFLINE | {key: str(value) for key, value in place.items()}
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 1}
+        variables |= {"GROUP_RANK": 0, "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": LINK}
+        variables |= {"OMP_NUM_THREADS": 1}
+        environment = os.environ | common.OFFLINE | {key: str(value) for key, value in variables.items()}
         logs.append(FOLDER / f"rank_{rank}.log")
         command = ["ip", "netns", "exec", name, sys.executable, "sft_v1.py", *arguments]
         with logs[-1].open("w") as log:
@@ -129,12 +131,12 @@ def train(policy, steps):
     if any(line["micro_batches"] != ACCUMULATION for line in lines):
         raise SystemExit(f"A step has {lines[0]['micro_batches']} micro-batches per rank, not {ACCUMULATION}.")
     seconds = [line["step_seconds"] for line in lines[1:]]
-    print(f"{policy}: {statistics.median(seconds):.2f} s a step, {traffic / 1e6:.0f} MB each way", flush=True)
+    print(f"{communicate}: {statistics.median(seconds):.2f} s a step, {traffic / 1e6:.0f} MB each way", flush=True)
     return seconds, traffic
 
 
-def main(run):
-    """Make the link, find its rate, race both policies, print the RESULT line."""
+def main(args):
+    """Make the link, find its rate, race both ways, print the RESULT line."""
     refuse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed then, too
     steps = 3 if QUICK else STEPS
@@ -158,11 +160,11 @@ def main(run):
                 compute += train("per_step", steps)[0]
             limit(rate)
             print(f"link limited to {rate / 1e6:.1f} MB/s each way:")
-            for policy, found in seconds.items():
-                found += train(policy, steps)[0]
+            for communicate, measured in seconds.items():
+                measured += train(communicate, steps)[0]
     finally:
         remove_namespaces()
-    middle = {policy: statistics.median(found) for policy, found in seconds.items()}
+    middle = {communicate: statistics.median(measured) for communicate, measured in seconds.items()}
     common.result(
         once_per_step_ratio=round(middle["per_micro_batch"] / middle["per_step"], 2),
         compute_to_link=round(statistics.median(compute) / (traffic / rate), 2),

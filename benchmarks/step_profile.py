@@ -41,11 +41,11 @@ def measure():
         if tokens + len(row["input_ids"]) <= TOKENS:
             rows.append((row["input_ids"].astype(np.int64), row["assistant_masks"]))
             tokens += len(row["input_ids"])
-    model = sft_model.load_model(str(FOLDER / "base"), 1024).to(torch.bfloat16)
+    model = sft_model.load_model(str(FOLDER / "base")).to(torch.bfloat16)
     for _ in range(WARM):
-        model(**dataloader.micro_batch(rows)).backward()
+        model(dataloader.concatenate(rows)).backward()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
-        model(**dataloader.micro_batch(rows)).backward()
+        model(dataloader.concatenate(rows)).backward()
     table = profiled.key_averages()
     lines = {line.key: line for line in table}
     whole = sum(line.self_cpu_time_total for line in table) / 1e6
@@ -55,7 +55,7 @@ def measure():
     heads, kv_heads, layers = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     head_dim = config.hidden_size // heads
     lengths = [len(ids) for ids, _ in rows]
-    # Two matmuls forward and five backward (the scores are made again), each over half of a square.
+    # Two matmuls forward and five backward (it recomputes the scores), each over half of a square.
     operations = 7 * sum(length**2 for length in lengths) * head_dim * heads
     return table.table(sort_by="self_cpu_time_total", row_limit=ROWS, max_name_column_width=50), {
         "tokens": tokens,
@@ -87,7 +87,7 @@ def torchs_attention(lengths, heads, kv_heads, head_dim, calls=5):
     return statistics.median(seconds[1:])
 
 
-def main(run):
+def main(args):
     """Profile one micro-batch and print the RESULT line."""
     if not (FOLDER / "base").is_dir():
         raise SystemExit(f"{FOLDER} is missing. Run benchmarks/train.py first, --quick will do.")

@@ -5,7 +5,7 @@
     python benchmarks/sweep.py --quick                                 two steps on a tiny random model, for a look
 
 Every run sees the same sequences in the same steps; its schedule ends with the slice: a tenth of it is warm-up, then
-a cosine to a tenth of the rate. Writes OUTPUT_DIR: a folder per rate without its checkpoints, which are large and only
+a cosine to a tenth of the rate. Writes SWEEP_DIR: a folder per rate without its checkpoints, which are large and only
 a by-product, and table.md.
 """
 
@@ -20,14 +20,14 @@ import common
 import datasets
 import torch
 
-from sft import settings
+from sft import settings, system
 
 # ---- Sweep ----
 LEARNING_RATES = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")  # peaks, one run each
 SLICE = 0.02  # of an epoch's steps
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
-BASE_MODEL = "checkpoints/base"  # folder, from resize_vocab.py
-OUTPUT_DIR = "checkpoints/sweep"  # folder to make
+RESIZED_MODEL = "models/resized"  # folder, from resize_vocab.py
+SWEEP_DIR = "checkpoints/sweep"  # folder to write; it must not hold anything yet
 PROCESSES = 0  # ranks of torchrun; 0 = one per GPU, or two without any
 SEQUENCES_PER_STEP = 32  # sequences
 TRAINER_FLAGS = ""  # further flags of sft_v1.py, as on a command line
@@ -39,7 +39,7 @@ QUICK = False  # a tiny random model and random data
 def train(rate, steps, data, base, output):
     """Train one run; return its row of the table, or the last words of one that failed."""
     processes = PROCESSES or torch.cuda.device_count() or 2
-    chosen = {"--data-dir": data, "--base-model": base, "--output-dir": output, "--max-steps": steps}
+    chosen = {"--data-dir": data, "--resized-model": base, "--checkpoint-dir": output, "--max-steps": steps}
     chosen |= {"--learning-rate": rate, "--min-learning-rate": float(rate) / 10, "--warmup-steps": steps // 10}
     chosen |= {"--sequences-per-step": SEQUENCES_PER_STEP, "--validate-every": steps, "--save-every": steps}
     command = [*common.TORCHRUN, str(processes), "sft_v1.py", *common.flags(chosen), *shlex.split(TRAINER_FLAGS)]
@@ -68,15 +68,15 @@ def table(rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] + ["---:"] * 3, *rows))
 
 
-def main(run):
+def main(args):
     """Run the sweep, print the table after each rate and the RESULT line of the lowest validation loss."""
-    data, base, output, rates = (*(Path(path).resolve() for path in (DATA_DIR, BASE_MODEL, OUTPUT_DIR)), LEARNING_RATES)
+    data, base, output = (Path(path).resolve() for path in (DATA_DIR, RESIZED_MODEL, SWEEP_DIR))
+    rates = LEARNING_RATES
     if QUICK:
         shutil.rmtree(common.WORK / "sweep", ignore_errors=True)
         base, data = common.write_inputs(common.WORK / "sweep", common.TINY, [24] * 3200)
         output, rates = common.WORK / "sweep" / "runs", ("1e-3", "1e-2")
-    if output.exists() and any(output.iterdir()):
-        raise SystemExit(f"{output} is not empty. Name another --output-dir, or delete it.")
+    system.refuse_unless_empty(output, "--sweep-dir")
     try:
         sequences = len(datasets.load_from_disk(data)["train"])
         rates = {rate: float(rate) for rate in rates}

@@ -68,7 +68,7 @@ def peer(python, data, size, processes, micro_batch, further):
     launcher = [python, *common.TORCHRUN[1:], processes] if processes > 1 else [python]
     chosen = {
         "--data-dir": data,
-        "--base-model": FOLDER / "base",
+        "--resized-model": FOLDER / "base",
         "--steps": size["steps"],
         "--micro-batch": micro_batch,
         "--accumulation": size["sequences"] // micro_batch // processes,
@@ -92,7 +92,7 @@ def prepare():
     command += ["--max-seq-len", MAX_SEQ_LEN, "--mixture", FOLDER / "mixture.json", "--data-dir", FOLDER / "prepared"]
     common.run(*command, "--validation-conversations", 1, *common.DECONTAMINATION_OFF)
     command = [sys.executable, "resize_vocab.py", "--base-model", common.base_folder()]
-    common.run(*command, "--tokenizer", FOLDER / "prepared" / "tokenizer", "--output-dir", FOLDER / "base")
+    common.run(*command, "--data-dir", FOLDER / "prepared", "--resized-model", FOLDER / "base")
 
 
 def write_steps(size):
@@ -115,14 +115,14 @@ def write_steps(size):
         short[-size["sequences"] + number] = stream[part], trained[part]
     ends = np.cumsum(common.genesis_lengths(n_long, size["cut"]))
     cuts = list(zip(ends - np.diff(ends, prepend=0), ends, strict=True))
-    found = {
+    steps = {
         "real": [(ids[: size["cut"]], mask[: size["cut"]]) for ids, mask in rows[:n_long]],
         "genesis": [(stream[begin:end], trained[begin:end]) for begin, end in cuts],
     }
     vocabulary = json.loads((FOLDER / "prepared" / "report.json").read_text())["vocab_size"]
-    for name, timed in found.items():
+    for name, timed in steps.items():
         common.write_data(FOLDER / name, short + timed, vocabulary, FOLDER / "prepared" / "tokenizer", MAX_SEQ_LEN)
-    return {n: ([len(i) for i, _ in timed], sum(int(m[1:].sum()) for _, m in timed)) for n, timed in found.items()}
+    return {n: ([len(i) for i, _ in timed], sum(int(m[1:].sum()) for _, m in timed)) for n, timed in steps.items()}
 
 
 # ==== The machine's own rate ====
@@ -137,17 +137,17 @@ def matmuls(config, lengths, trained, rows):
     h, i, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads, d = config["num_attention_heads"], config.get("head_dim") or h // config["num_attention_heads"]
     q, kv, tokens = heads * d, config["num_key_value_heads"] * d, sum(lengths)
-    found = []
+    products = []
     for k, n in ((h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)):
         flops = 2 * tokens * k * n * layers
-        found += [(flops, (1, *shape)) for shape in ((rows, k, n), (rows, n, k), (n, rows, k))]
+        products += [(flops, (1, *shape)) for shape in ((rows, k, n), (rows, n, k), (n, rows, k))]
     chunk, vocabulary = min(trained, 1024), config["vocab_size"]
     shapes = ((chunk, h, vocabulary), (chunk, vocabulary, h), (vocabulary, chunk, h))
-    found += [(2 * trained * h * vocabulary, (1, *shape)) for shape in shapes]
+    products += [(2 * trained * h * vocabulary, (1, *shape)) for shape in shapes]
     squares = sum(length**2 for length in lengths)
     mean = round(squares / tokens)
-    found += [(2 * squares * q * layers, (heads, mean, d, mean)), (4 * squares * q * layers, (heads, mean, mean, d))]
-    return found
+    products += [(2 * squares * q * layers, (heads, mean, d, mean)), (4 * squares * q * layers, (heads, mean, mean, d))]
+    return products
 
 
 BARRIER = None  # where the processes of a measurement wait for each other
@@ -257,7 +257,7 @@ def one_round(python, size, timed, layouts, trl, with_padded):
     return figures, best, trl_best
 
 
-def main(run):
+def main(args):
     """Fetch the inputs, measure the rounds, print the medians and the RESULT line."""
     size = {"sequences": SEQUENCES_PER_STEP, "cut": MAX_SEQ_LEN, "short_steps": SHORT_STEPS}
     if QUICK:

@@ -1,10 +1,11 @@
 """Base folders that several test files use: tokenizers without the ChatML markers, and a tiny model that can read."""
 
+import fcntl
 import json
 import os
 
 import pytest
-from helpers import PASSAGE, make_reader
+from helpers import PASSAGE, make_reader, tiny_config, trained, write_base, write_data
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of this process would not survive prepare_data.py's fork
@@ -120,3 +121,48 @@ def reader_dir(tmp_path_factory):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     return make_reader(tokenizer, tmp_path_factory.mktemp("reader") / "base")
+
+
+# ==== Training ====
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone, and its mesh."""
+    import torch
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+    torch.distributed.destroy_process_group()
+
+
+def once(folder, name, action):
+    """Run `action()` in the first of pytest's processes that comes here; the others wait for its end."""
+    with open(folder / f"{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (folder / f"{name}.done").exists():
+            action()
+            (folder / f"{name}.done").touch()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The folder of the small runs, one for all of pytest's processes: base/ and data/; a test adds its run."""
+    folder = tmp_path_factory.getbasetemp() / "runs"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = tmp_path_factory.getbasetemp().parent / "runs"
+    folder.mkdir(exist_ok=True)
+
+    def write():
+        write_base(folder / "base", tiny_config())
+        write_data(folder / "data")
+
+    once(folder, "inputs", write)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks(runs):
+    """The folder of the uninterrupted run on two ranks that others are compared with. Its output is in `stdout`."""
+    once(runs, "two", lambda: (runs / "stdout").write_text(trained(runs, "two", 2)))
+    return runs / "two"

@@ -212,7 +212,7 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
     settings = dict.fromkeys(recipe.split(), 1)
     settings |= {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "CHECKPOINT_DIR": "checkpoints/sft_v1"}
-    state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1, "base_model": "base"}
+    state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1}
     for step in (50, 100):
         numbers = {"step": step, "updates": step}
         checkpoints.save(folder / "checkpoints" / "sft_v1", step, tensors, state | numbers, keep=9)

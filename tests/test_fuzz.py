@@ -1,4 +1,7 @@
-"""benchmarks/fuzz.py in short: nothing from outside ends in a traceback, and a traceback would be counted."""
+"""tests/long/fuzz.py in short: nothing from outside ends in a traceback, and a traceback would be counted.
+
+bash tests/run.sh tests/test_fuzz.py
+"""
 
 import datasets
 import fuzz
@@ -12,11 +15,12 @@ def test_no_input_from_outside_ends_in_a_traceback(tmp_path, monkeypatch, capsys
 
 
 def test_what_is_no_sentence_counts_and_the_same_number_is_the_same_input(monkeypatch):
-    def refuse(world, told):
-        raise told
+    def refuse(world, error):
+        raise error
 
     monkeypatch.setattr(fuzz, "feed_texts", refuse)
-    problems = [fuzz.feed(None, "texts", (told,)) for told in (SystemExit("Do this."), SystemExit(1), KeyError("x"))]
+    errors = (SystemExit("Do this."), SystemExit(1), KeyError("x"))
+    problems = [fuzz.feed(None, "texts", (error,)) for error in errors]
     assert problems[0] is None and "SystemExit" in problems[1] and "KeyError" in problems[2]
     for kind in fuzz.SHARES:
         assert repr(fuzz.make(kind, 1, 5)) == repr(fuzz.make(kind, 1, 5))
@@ -24,5 +28,5 @@ def test_what_is_no_sentence_counts_and_the_same_number_is_the_same_input(monkey
 
 @pytest.mark.parametrize("kind", ["files", "mixture", "results", "tokenizer"])
 def test_most_damage_is_damage(kind):
-    made = {repr(fuzz.make(kind, 1, number)) for number in range(100)}
-    assert len(made) > 60
+    inputs = {repr(fuzz.make(kind, 1, number)) for number in range(100)}
+    assert len(inputs) > 60

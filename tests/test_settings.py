@@ -31,7 +31,7 @@ TABLE = [  # rows of the table
 _HIDDEN = 1
 lower = 2
 
-# ==== Facts ====
+# ==== Constants ====
 
 FIXED = 3  # not a setting
 

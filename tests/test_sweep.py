@@ -1,8 +1,13 @@
-"""benchmarks/sweep.py: real short runs at several learning rates become one table; what stops it is a sentence."""
+"""benchmarks/sweep.py: real short runs at several learning rates become one table; what stops it is a sentence.
+
+bash tests/run.sh tests/test_sweep.py
+"""
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -12,6 +17,7 @@ def sweep(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.torchrun
 def test_each_rate_is_trained_and_the_lowest_validation_loss_is_named():
     result = sweep("--quick")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
@@ -27,10 +33,10 @@ def test_each_rate_is_trained_and_the_lowest_validation_loss_is_named():
 
 def test_a_folder_in_use_and_missing_data_are_refused(tmp_path):
     (tmp_path / "table.md").write_text("an earlier sweep")
-    result = sweep("--output-dir", tmp_path)
+    result = sweep("--sweep-dir", tmp_path)
     assert (
         result.returncode == 1
-        and result.stderr == f"{tmp_path} is not empty. Name another --output-dir, or delete it.\n"
+        and result.stderr == f"{tmp_path} is not empty. Move it away, or name another --sweep-dir.\n"
     )
-    result = sweep("--data-dir", tmp_path / "none", "--output-dir", tmp_path / "new")
+    result = sweep("--data-dir", tmp_path / "none", "--sweep-dir", tmp_path / "new")
     assert result.returncode == 1 and "holds no finished data" in result.stderr and "Traceback" not in result.stderr

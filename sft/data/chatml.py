@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft import hf_folder, system
 
-# ==== Facts ====
+# ==== Constants ====
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")

@@ -22,7 +22,7 @@ import numpy as np
 
 from sft import system
 
-# ==== Facts ====
+# ==== Constants ====
 
 NGRAM = 13  # words in a row shared with a question; 13 as in Brown et al. 2020 (GPT-3), appendix C
 BOILERPLATE = 10  # an n-gram in more questions of a task than this is a formula of its prompts

@@ -8,7 +8,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-# ==== Facts ====
+# ==== Constants ====
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in the file
 UNIGRAM, BPE = 1, 2  # kinds of models

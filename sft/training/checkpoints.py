@@ -1,8 +1,8 @@
-"""The checkpoint protocol: stage, manifest, rename, verify, newest whole one.
+"""The checkpoint protocol: stage, manifest, rename, verify, latest whole one.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
-run's `facts.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
-`staging_step_NNNNNN`, made durable, and renamed last, so a folder without a manifest that matches does not exist for
+run's `state.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
+`step_NNNNNN.unfinished`, made durable, and renamed last, so a folder without a manifest that matches does not exist for
 resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest is verified.
 """
 
@@ -19,50 +19,81 @@ from sft import system
 from sft.training import distributed
 
 MANIFEST = "manifest.json"
-STATE = "facts.json"
-STAGING = "staging_"
+STATE = "state.json"
+
+# ==== Names ====
 
 
-def save(folder, step, state, facts, keep):
-    """Write the checkpoint of `step` into `folder` and delete all but the newest `keep`. All ranks call it.
+def checkpoint_name(step):
+    """Return the name of the checkpoint folder of `step`."""
+    return f"step_{step:06d}"
 
-    state: flat dict of str to DTensor or tensor; each rank writes its own shards, nothing is gathered.
-    facts: dict for `facts.json`.
+
+def step_of(checkpoint):
+    """Return the step in the name of a checkpoint folder (Path)."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def listed(folder):
+    """Return the Paths of the `step_NNNNNN` folders in `folder`, latest first, whole or not."""
+    checkpoints = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
+    return sorted(checkpoints, key=step_of, reverse=True)
+
+
+# ==== Saving ====
+
+
+def save(folder, step, tensors, state, keep):
+    """Write the checkpoint of `step` into `folder` and delete all but the latest `keep`. All ranks call it.
+
+    tensors: flat dict of str to DTensor or tensor; each rank writes its own shards, nothing is gathered.
+    state: dict for `state.json`.
     Folders of later steps are left alone and not counted: the run was not continued from them, so they are not whole.
     Returns: Path of the finished checkpoint. Raises: OSError, with the older checkpoints untouched, if a write fails.
     """
-    final = Path(folder) / f"step_{step:06d}"
-    staging = Path(folder) / f"{STAGING}{final.name}"
+    final = Path(folder) / checkpoint_name(step)
+    staging = system.unfinished(final)
     rank0 = not dist.is_initialized() or dist.get_rank() == 0
 
     def prepare():
         if rank0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in state.values()))
+            check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
     def finish():
         if rank0:
-            (staging / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            entries = {path.name: [path.stat().st_size, system.sha256(path)] for path in sorted(staging.iterdir())}
-            (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-            for path in [*staging.iterdir(), staging]:
-                system.durable(path)
+            seal(staging, state)
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
             system.durable(final.parent)
-            for old in [path for path in listed(folder) if step_of(path) <= step][keep:]:
-                shutil.rmtree(old)
+            delete_old(folder, step, keep)
 
     try:
         distributed.together(prepare)
-        distributed.together(lambda: dcp.save(state, checkpoint_id=str(staging)))
+        distributed.together(lambda: dcp.save(tensors, checkpoint_id=str(staging)))
         distributed.together(finish)
     except OSError:
         if rank0:
             shutil.rmtree(staging, ignore_errors=True)  # its bytes may be what fills the disk
         raise
     return final
+
+
+def seal(staging, state):
+    """Write `state` and the manifest into the folder `staging`, and put all of it on the disk."""
+    (staging / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+    entries = {path.name: [path.stat().st_size, system.sha256(path)] for path in sorted(staging.iterdir())}
+    (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    for path in [*staging.iterdir(), staging]:
+        system.durable(path)
+
+
+def delete_old(folder, step, keep):
+    """Delete all but the latest `keep` checkpoints up to `step`."""
+    up_to_now = [path for path in listed(folder) if step_of(path) <= step]
+    for path in up_to_now[keep:]:
+        shutil.rmtree(path)
 
 
 def check_room(folder, size):
@@ -75,21 +106,13 @@ def check_room(folder, size):
         )
 
 
-def clear_staging(folder):
-    """Remove what saves that were killed left in `folder`: each may be as large as a checkpoint."""
-    for path in Path(folder).glob(f"{STAGING}*"):
+def clear_unfinished(folder):
+    """Remove what killed saves left in `folder`: each may be as large as a checkpoint."""
+    for path in Path(folder).glob(system.unfinished("step_*").name):
         shutil.rmtree(path)
 
 
-def step_of(checkpoint):
-    """Return the step in the name of a checkpoint folder."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def listed(folder):
-    """Return the Paths of the `step_NNNNNN` folders in `folder`, newest first, whole or not."""
-    found = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(found, key=step_of, reverse=True)
+# ==== Verification ====
 
 
 def defect(checkpoint):
@@ -100,10 +123,10 @@ def defect(checkpoint):
         entries = {str(name): (int(size), str(digest)) for name, (size, digest) in entries.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: its save never finished"
-    except (ValueError, AttributeError, TypeError, OSError, OverflowError, RecursionError) as error:
+    except (*system.JSON_ERRORS, AttributeError, TypeError, OverflowError) as error:  # JSON of another shape
         return f"its {MANIFEST} cannot be read ({error})"
-    if not {".metadata", "facts.json"} <= entries.keys():
-        return f"its {MANIFEST} names no .metadata or no facts.json"
+    if not {".metadata", STATE} <= entries.keys():
+        return f"its {MANIFEST} names no .metadata or no {STATE}"
     for name, (size, digest) in entries.items():
         path = checkpoint / name
         if Path(name).name != name or not os.path.isfile(path):  # Path.is_file raises for a name that is too long
@@ -116,25 +139,39 @@ def defect(checkpoint):
 
 
 def verify(checkpoint):
-    """Return the facts (dict) of a whole checkpoint. Raises: SystemExit, with what is wrong, if it is not whole."""
+    """Return the state (dict) of a whole checkpoint. Raises: SystemExit, with what is wrong, if it is not whole."""
     if not Path(checkpoint).is_dir():
         raise SystemExit(f"{checkpoint}: no such checkpoint folder.")
     problem = defect(checkpoint)
     if problem:
         raise SystemExit(f"{checkpoint} is not a whole checkpoint: {problem}. Choose another one.")
-    return system.read_json(Path(checkpoint) / "facts.json", "sft_v1.py")
+    return system.read_json(Path(checkpoint) / STATE, "sft_v1.py")
 
 
 def latest_whole(folder, say=print):
-    """Return what `newest_whole` returns."""
-    return newest_whole(folder, say)
-
-
-def newest_whole(folder, say=print):
-    """Return the Path of the newest whole checkpoint in `folder`, or None; `say` is told of each one passed over."""
+    """Return the Path of the latest whole checkpoint in `folder`, or None. `say` gets a line for each one skipped."""
     for checkpoint in listed(folder):
         problem = defect(checkpoint)
         if problem is None:
             return checkpoint
-        say(f"WARNING: {checkpoint} is passed over: {problem}.")
+        say(f"WARNING: {checkpoint} is skipped: {problem}.")
     return None
+
+
+def choose(folder, resume):
+    """Return the Path of the verified checkpoint to continue from, or None for a fresh start.
+
+    resume: "latest" or the name of a checkpoint. A rank that torchrun restarted takes the latest one in any case.
+    Raises: SystemExit if the one with that name is not whole, or not the latest: two histories would lie in one folder.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+    if resume == "latest" or restarted:
+        return latest_whole(folder)
+    checkpoint = Path(folder) / resume
+    verify(checkpoint)
+    if listed(folder)[0].name != resume:
+        raise SystemExit(
+            f"{folder} holds checkpoints later than {resume}. Move them away to go back to it: a run that continued "
+            "next to them would leave two histories in one folder."
+        )
+    return checkpoint

@@ -1,4 +1,4 @@
-"""What makes a step fast on a CPU: attention from matmuls, and memory that is kept. A GPU uses none of it."""
+"""What makes a step fast on a CPU: attention from matmuls, and memory that the process keeps. A GPU uses none of it."""
 
 import torch
 
@@ -6,23 +6,23 @@ from sft import system
 
 
 def keep_memory():
-    """Have glibc keep what is freed for the next tensor, which the kernel would map and clear anew (else nothing)."""
-    if hasattr(system.libc, "mallopt"):  # mallopt(3)
-        system.libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes free at the heap's end above which it shrinks
-        system.libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes of a block above which it is mapped by itself
+    """Make glibc reuse freed memory for the next tensor. Without it the kernel maps and clears new pages each time."""
+    if hasattr(system.libc, "mallopt"):  # mallopt(3); other C libraries have none
+        system.libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, free bytes at the heap's end above which it shrinks
+        system.libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, bytes of a block above which it gets its own mapping
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal attention of one document on a CPU, a block of queries at a time; the backward makes the scores again.
+    """Causal attention of one document on a CPU, one block of queries at a time. The backward recomputes the scores.
 
     torch's own CPU kernel multiplies in smaller tiles and takes about twice as long: benchmarks/step_profile.py.
     """
 
-    QUERIES = 64  # of a block: its scores over 2,048 keys stay in a core's cache
+    QUERIES = 64  # per block: its scores over 2,048 keys stay in a core's cache
 
     @classmethod
     def scores(cls, query, key):
-        """Yield (begin, end, scores [kv_heads, group x (end - begin), end]) of each block of queries; the future, -inf.
+        """Yield (begin, end, scores [kv_heads, group x (end - begin), end]) of each block; the future scores -inf.
 
         query: [kv_heads, group, tokens, head_dim], scaled; key: [kv_heads, tokens, head_dim].
         """
@@ -48,13 +48,15 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value = ctx.saved_tensors
         query_grad = torch.empty_like(query)
-        key_grad, value_grad = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+        key_grad = torch.zeros_like(key, dtype=torch.float32)
+        value_grad = torch.zeros_like(value, dtype=torch.float32)
         for begin, end, scores in CausalAttention.scores(query, key):
-            queries, slope = (part[:, :, begin:end].flatten(1, 2) for part in (query, grad))
+            block_query = query[:, :, begin:end].flatten(1, 2)
+            block_grad = grad[:, :, begin:end].flatten(1, 2)
             with torch.enable_grad():  # for softmax's own gradient
-                given = scores.requires_grad_().softmax(2)
-            (score_grad,) = torch.autograd.grad(given, scores, slope @ value[:, :end].transpose(1, 2))
-            value_grad[:, :end] += given.detach().transpose(1, 2) @ slope
-            key_grad[:, :end] += score_grad.transpose(1, 2) @ queries
+                weights = scores.requires_grad_().softmax(2)
+            (score_grad,) = torch.autograd.grad(weights, scores, block_grad @ value[:, :end].transpose(1, 2))
+            value_grad[:, :end] += weights.detach().transpose(1, 2) @ block_grad
+            key_grad[:, :end] += score_grad.transpose(1, 2) @ block_query
             query_grad[:, :, begin:end] = (score_grad @ key[:, :end]).unflatten(1, (-1, end - begin))
         return query_grad * ctx.scaling, key_grad.to(key.dtype), value_grad.to(value.dtype), None

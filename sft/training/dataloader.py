@@ -1,8 +1,10 @@
-"""Which sequence in which micro-batch on which rank: pure functions of lengths, seed, step, ranks and token budget.
+"""From the prepared sequences to the micro-batches of one rank, in the order in which it happens.
 
-An optimizer step is a set of `sequences_per_step` sequences, fixed by the seed and the step alone. How they are laid
-out over ranks and micro-batches changes the speed and nothing else. Each rank runs the same number of micro-batches,
-because every forward is a collective operation under FSDP.
+1. Order: which sequences an optimizer step trains. Seed and step alone decide it.
+2. Layout: which rank and micro-batch each of them goes to. That changes the speed and nothing else. Every rank runs
+   the same number of micro-batches, because each forward is a collective operation under FSDP.
+3. MicroBatch: sequences laid end to end, with the positions and targets of the loss.
+4. PackedLoader: reads and lays out one step ahead of the training.
 """
 
 import time
@@ -17,6 +19,26 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+# ==== Data ====
+
+
+def load_data(data_dir):
+    """Return the `datasets` splits "train" and "validation" of the folder. Raises: SystemExit if they do not load."""
+    columns = ["input_ids", "assistant_masks", "source"]
+    try:
+        data = datasets.load_from_disk(data_dir)
+        return {name: data[name].select_columns(columns) for name in ("train", "validation")}
+    except (OSError, KeyError, ValueError) as error:
+        raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
+
+
+def sequence_lengths(dataset):
+    """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
+    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+
+
+# ==== 1. Order ====
+
 
 @lru_cache(maxsize=2)
 def epoch_order(sequences, seed, epoch):
@@ -25,15 +47,18 @@ def epoch_order(sequences, seed, epoch):
 
 
 def steps_per_epoch(sequences, sequences_per_step):
-    """Return the number of whole steps in one epoch; the few sequences left over are not trained in that epoch."""
+    """Return the number of whole steps in one epoch. The few sequences left over are not trained in that epoch."""
     return sequences // sequences_per_step
 
 
 def sequences_of_step(sequences, seed, step, sequences_per_step):
-    """Return the indices (int64 array of `sequences_per_step`) that optimizer step `step` (from 0) trains on."""
-    epoch, position = divmod(step, steps_per_epoch(sequences, sequences_per_step))
-    start = position * sequences_per_step
-    return epoch_order(sequences, seed, epoch)[start : start + sequences_per_step]
+    """Return the indices (list of `sequences_per_step` ints) that optimizer step `step` (from 0) trains on."""
+    epoch, step_of_epoch = divmod(step, steps_per_epoch(sequences, sequences_per_step))
+    start = step_of_epoch * sequences_per_step
+    return epoch_order(sequences, seed, epoch)[start : start + sequences_per_step].tolist()
+
+
+# ==== 2. Layout over ranks and micro-batches ====
 
 
 def cost(tokens, matrices, attention):
@@ -48,15 +73,16 @@ def cost(tokens, matrices, attention):
 
 def pack(indices, lengths, budget):
     """Return `indices` in as few micro-batches (lists) of at most `budget` tokens as first-fit-decreasing finds."""
-    bins, room = [], []
+    micro_batches, room = [], []
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        place = next((b for b, free in enumerate(room) if free >= lengths[index]), len(bins))
-        if place == len(bins):
-            bins.append([])
+        number = next((n for n, free in enumerate(room) if free >= lengths[index]), None)
+        if number is None:
+            number = len(micro_batches)
+            micro_batches.append([])
             room.append(budget)
-        bins[place].append(index)
-        room[place] -= lengths[index]
-    return bins
+        micro_batches[number].append(index)
+        room[number] -= lengths[index]
+    return micro_batches
 
 
 def lay_out(indices, lengths, ranks, budget, costs):
@@ -67,158 +93,193 @@ def lay_out(indices, lengths, ranks, budget, costs):
     micro-batch is empty where a rank has fewer sequences than another has micro-batches.
     Longest-processing-time-first (Graham 1969) balances the ranks to within a few percent at 32 sequences.
     """
-    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    shares = [[] for _ in range(ranks)]
+    load = [0] * ranks
     for index in sorted(indices, key=lambda i: (-costs[i], i)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(index)
         load[rank] += costs[index]
-    plan = [pack(share, lengths, budget) for share in shares]
-    micro_batches = max(len(bins) for bins in plan)
-    for bins in plan:
-        while len(bins) < micro_batches:
-            fullest = max(bins, key=len, default=[])
-            bins.append([fullest.pop()] if len(fullest) > 1 else [])
-    return plan
+    layout = [pack(share, lengths, budget) for share in shares]
+    most = max(len(micro_batches) for micro_batches in layout)
+    for micro_batches in layout:
+        while len(micro_batches) < most:
+            fullest = max(micro_batches, key=len, default=[])
+            micro_batches.append([fullest.pop()] if len(fullest) > 1 else [])
+    return layout
 
 
-def idle_share(plan, costs):
-    """Return the share of the ranks' time that waits for the slowest: 1 - sum of cost / (ranks x largest cost)."""
-    loads = [sum(costs[i] for bins in rank for i in bins) for rank in plan]
+def idle_share(layout, costs):
+    """Return the share of the ranks' time spent waiting for the slowest: 1 - sum of cost / (ranks x largest cost)."""
+    loads = [sum(costs[i] for micro_batch in rank for i in micro_batch) for rank in layout]
     return 1 - sum(loads) / (len(loads) * max(loads))
 
 
+@dataclass
+class Survey:
+    """What the layouts of many steps have in common."""
+
+    micro_batches: float  # mean number per rank and step
+    idle_share: float  # mean share of the ranks' time that is spent waiting
+    largest: list  # indices of the sequences in the micro-batch with the most tokens
+
+
 def survey(lengths, ranks, budget, costs, seed, steps, sequences_per_step):
-    """Lay out the first `steps` steps of a run and look at them.
-
-    Returns: {"micro_batches": mean number per rank and step, "idle_share": mean, "largest": the indices in the
-    micro-batch with the most tokens}.
-    """
-    forwards, idle, largest, most = 0, 0.0, [], 0
+    """Lay out the first `steps` steps of a run and return their Survey."""
+    count, idle = 0, 0.0
+    largest, largest_tokens = [], 0
     for step in range(steps):
-        indices = sequences_of_step(len(lengths), seed, step, sequences_per_step).tolist()
-        plan = lay_out(indices, lengths, ranks, budget, costs)
-        forwards += len(plan[0])
-        idle += idle_share(plan, costs)
-        for bins in plan:
-            for micro_batch in bins:
-                if (tokens := sum(lengths[i] for i in micro_batch)) > most:
-                    largest, most = micro_batch, tokens
-    return {"micro_batches": forwards / steps, "idle_share": float(idle / steps), "largest": largest}
+        indices = sequences_of_step(len(lengths), seed, step, sequences_per_step)
+        layout = lay_out(indices, lengths, ranks, budget, costs)
+        count += len(layout[0])
+        idle += idle_share(layout, costs)
+        for micro_batches in layout:
+            for micro_batch in micro_batches:
+                tokens = sum(lengths[i] for i in micro_batch)
+                if tokens > largest_tokens:
+                    largest, largest_tokens = micro_batch, tokens
+    return Survey(count / steps, float(idle / steps), largest)
 
 
-# ==== Attention: documents laid end to end, none sees another ====
+# ==== 3. Micro-batch ====
 
 
 @dataclass(eq=False)
 class Documents:
     """Where the documents of a micro-batch are. One opaque object: torch.compile would guard each length of a list."""
 
-    lengths: list  # of int, in order, summing to the tokens
+    lengths: list  # of int, in order; their sum is the number of tokens
     bounds: torch.Tensor  # int32 [documents + 1], the starts and the end
 
 
-# ==== Inputs ====
+@dataclass(eq=False)
+class MicroBatch:
+    """The input of SFTModel.forward: documents laid end to end, without padding.
+
+    Not frozen: FSDP2 makes a copy of a dataclass with its floating-point tensors cast, and there are none here.
+    """
+
+    input_ids: torch.Tensor  # int64 [1, tokens]
+    position_ids: torch.Tensor  # int64 [1, tokens], from 0 in each document
+    predictors: torch.Tensor  # int64 [trainable tokens], the positions whose outputs predict the targets
+    targets: torch.Tensor | None  # int64 [trainable tokens]; None to get the logits at the predictors
+    documents: Documents
+
+    @property
+    def tokens(self):
+        return self.input_ids.numel()
+
+    def to(self, device):
+        """Return the MicroBatch on `device`; from pinned memory the copy does not wait."""
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """Return the MicroBatch in pinned memory, from which a GPU copies without waiting."""
+        return self._each_tensor(torch.Tensor.pin_memory)
+
+    def _each_tensor(self, action):
+        return MicroBatch(
+            input_ids=action(self.input_ids),
+            position_ids=action(self.position_ids),
+            predictors=action(self.predictors),
+            targets=None if self.targets is None else action(self.targets),
+            documents=Documents(self.documents.lengths, action(self.documents.bounds)),
+        )
 
 
-def micro_batch(rows):
-    """Lay sequences end to end. rows: list of (input_ids, assistant_masks) arrays; returns SFTModel.forward's inputs.
+def concatenate(rows):
+    """Return the MicroBatch of `rows`, a list of (input_ids, assistant_masks) arrays, on the CPU.
 
     An empty list becomes one token with nothing to train, so that this rank still takes part in the collectives.
     """
-    rows = rows or [(np.zeros(1, np.int64), np.zeros(1, bool))]
+    if not rows:
+        rows = [(np.zeros(1, np.int64), np.zeros(1, bool))]
     ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
-    lengths = [len(ids) for ids, _ in rows]
     trained = np.concatenate([mask for _, mask in rows])
-    starts = np.cumsum([0, *lengths])
-    trained[starts[:-1]] = False  # a sequence's first token has nothing before it that could predict it
+    lengths = [len(ids) for ids, _ in rows]
+    bounds = np.cumsum([0, *lengths])
+    trained[bounds[:-1]] = False  # a sequence's first token has nothing before it that could predict it
     targets = np.flatnonzero(trained)
-    tensor = {
-        "input_ids": ids[None],
-        "position_ids": np.concatenate([np.arange(length) for length in lengths])[None],
-        "predictors": targets - 1,
-        "targets": ids[targets],
-    }
-    tensors = {name: torch.from_numpy(array) for name, array in tensor.items()}
-    return tensors | {"documents": Documents(lengths, torch.from_numpy(starts.astype(np.int32)))}
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    return MicroBatch(
+        input_ids=torch.from_numpy(ids[None]),
+        position_ids=torch.from_numpy(positions[None]),
+        predictors=torch.from_numpy(targets - 1),
+        targets=torch.from_numpy(ids[targets]),
+        documents=Documents(lengths, torch.from_numpy(bounds.astype(np.int32))),
+    )
 
 
-def each_tensor(batch, action):
-    """Return the inputs `batch` of SFTModel.forward with `action(tensor)` in place of each tensor."""
-    documents = batch["documents"]
-    changed = {name: t if t is None else action(t) for name, t in batch.items() if name != "documents"}
-    return changed | {"documents": Documents(documents.lengths, action(documents.bounds))}
+# ==== 4. Loader ====
 
 
-# ==== Data ====
+@dataclass
+class Batch:
+    """This rank's part of one optimizer step, or of a step of the validation.
+
+    stats: "tokens", "trainable_tokens", "idle_share" and "flops" (forward and backward) over all ranks, and
+    "data_seconds", for which this rank waited for the batch.
+    """
+
+    indices: list  # of int, the sequences of all ranks
+    micro_batches: list  # of MicroBatch, of this rank, on its device
+    stats: dict
 
 
-def load_data(data_dir):
-    """Return the `datasets` splits "train" and "validation" of the folder. Raises: SystemExit if they do not load."""
-    try:
-        data = datasets.load_from_disk(data_dir)
-        wanted = ["input_ids", "assistant_masks", "source"]
-        return {name: data[name].select_columns(wanted) for name in ("train", "validation")}
-    except (OSError, KeyError, ValueError) as error:
-        raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
-
-
-def sequence_lengths(dataset):
-    """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
-    return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
-
-
-class Batches:
-    """Turns lists of sequence indices into this rank's micro-batches of them, one list ahead of the training."""
+class PackedLoader:
+    """Turns lists of sequence indices into this rank's Batch of each, one list ahead of the training."""
 
     def __init__(self, dataset, sizes, budget, device):
+        """dataset: a `datasets` split; sizes: memory_plan.Shapes; budget: tokens per micro-batch."""
         self.dataset = dataset.select_columns(["input_ids", "assistant_masks"]).with_format("numpy")
         self.lengths = sequence_lengths(dataset)
         self.costs = cost(self.lengths, sizes.matrices, sizes.attention)
-        self.head, self.budget, self.device = sizes.head, budget, device
+        self.head = sizes.head
+        self.budget = budget
+        self.device = device
 
-    def each(self, lists):
-        """Yield (indices, this rank's micro-batches, facts) for each of `lists` of indices.
+    def steps(self, seed, sequences_per_step, first, last):
+        """Yield the Batch of each optimizer step from `first` (from 0) to before `last`."""
+        count = len(self.lengths)
+        steps = range(first, last)
+        return self.batches(sequences_of_step(count, seed, step, sequences_per_step) for step in steps)
 
-        A thread reads and lays out the next list meanwhile. facts: "tokens", "trainable_tokens", "idle_share" and
-        "flops" (forward and backward) over all ranks, "data_seconds" that the training waited.
-        """
+    def batches(self, lists):
+        """Yield the Batch of each of `lists` of indices. A thread prepares the next one meanwhile."""
         with ThreadPoolExecutor(1) as pool:
             ahead = deque()
             for indices in lists:
                 ahead.append(pool.submit(self.build, indices))
                 if len(ahead) > 1:
-                    yield self.ready(ahead.popleft())
+                    yield self.receive(ahead.popleft())
             while ahead:
-                yield self.ready(ahead.popleft())
+                yield self.receive(ahead.popleft())
 
-    def ready(self, promise):
-        """Wait for what `build` made and move it to the device."""
-        began = time.perf_counter()
-        indices, batches, facts = promise.result()
-        waited = {"data_seconds": round(time.perf_counter() - began, 4)}
-        return indices, [each_tensor(batch, self.to_device) for batch in batches], facts | waited
-
-    def to_device(self, tensor):
-        return tensor.to(self.device, non_blocking=True)
+    def receive(self, future):
+        """Wait for the Batch of `build` and move it to the device."""
+        start = time.perf_counter()
+        batch = future.result()
+        batch.stats["data_seconds"] = round(time.perf_counter() - start, 4)
+        batch.micro_batches = [micro_batch.to(self.device) for micro_batch in batch.micro_batches]
+        return batch
 
     def build(self, indices):
-        """Return what `each` yields for `indices`, on the CPU (in pinned memory if a GPU will take it)."""
-        indices = [int(i) for i in indices]
-        plan = lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
+        """Return the Batch of a list of `indices`, on the CPU (in pinned memory if a GPU will take it)."""
+        layout = lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
         rows = self.rows(indices)
-        batches = [micro_batch([rows[i] for i in batch]) for batch in plan[dist.get_rank()]]
+        micro_batches = [concatenate([rows[i] for i in part]) for part in layout[dist.get_rank()]]
         if self.device.type == "cuda":
-            batches = [each_tensor(batch, torch.Tensor.pin_memory) for batch in batches]
-        trainable = sum(int(mask[1:].sum()) for _, mask in rows.values())
-        facts = {
+            micro_batches = [micro_batch.pin_memory() for micro_batch in micro_batches]
+        trainable_tokens = sum(int(mask[1:].sum()) for _, mask in rows.values())
+        stats = {
             "tokens": int(self.lengths[indices].sum()),
-            "trainable_tokens": trainable,
-            "idle_share": round(float(idle_share(plan, self.costs)), 4),
-            "flops": int(self.costs[indices].sum()) + 6 * self.head * trainable,
+            "trainable_tokens": trainable_tokens,
+            "idle_share": round(float(idle_share(layout, self.costs)), 4),
+            "flops": int(self.costs[indices].sum()) + 6 * self.head * trainable_tokens,
         }
-        return indices, batches, facts
+        return Batch(indices, micro_batches, stats)
 
     def rows(self, indices):
-        """Return {index: (input_ids, assistant_masks)} of some sequences."""
+        """Return {index: (input_ids, assistant_masks)} of some sequences, as arrays."""
         rows = self.dataset[indices]
-        return dict(zip(indices, zip(rows["input_ids"], rows["assistant_masks"], strict=True), strict=True))
+        pairs = zip(rows["input_ids"], rows["assistant_masks"], strict=True)
+        return dict(zip(indices, pairs, strict=True))

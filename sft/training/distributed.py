@@ -1,4 +1,4 @@
-"""The ranks of one run: how they find each other, agree, are asked to stop, and end when one of them died or hangs.
+"""The ranks of one run: how they find each other, compare notes, stop in order, and end when one died or hangs.
 
 Used by sft_v1.py under torchrun. Nothing here knows what is trained.
 """
@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,10 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from sft import system
 from sft.training import cpu
 
-# Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watch` is the one
+# Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watchdog` is the one
 # that sees a dead or hanging rank early.
 BACKSTOP = timedelta(hours=1)
 CARD_SETTINGS = ("NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF")  # environment that join() sets unless you did
+
+# ==== Start ====
 
 
 def join(device):
@@ -36,35 +39,17 @@ def join(device):
     """
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("Start this script with torchrun: torchrun --nproc-per-node 2 sft_v1.py")
-    die_with_launcher()
+    end_with_launcher()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        local_rank, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= cards:
-            raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
-        # Micro-batches of changing size would fragment fixed segments. Read when the first tensor is made.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        torch.set_float32_matmul_precision("highest")  # no TF32: what is float32 here is so for its digits
-        torch.cuda.set_device(local_rank)
-        if "RTX 40" in torch.cuda.get_device_name():  # these cards have no peer-to-peer; NCCL may hang trying it
-            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-        if local_rank == 0:
-            told = [f"{name}={os.environ[name]}" for name in CARD_SETTINGS if name in os.environ]
-            print(f"{torch.cuda.get_device_name()}: {', '.join(told)}", flush=True)
-        card = torch.device("cuda", local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=card, timeout=BACKSTOP, **meeting())
+        device = set_up_card()
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=BACKSTOP, **rendezvous())
     else:
+        device = torch.device("cpu")
         cpu.keep_memory()
-        dist.init_process_group("gloo", timeout=BACKSTOP, **meeting())
-    device = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
-    probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
-    dist.all_reduce(probe)
-    expected = dist.get_world_size() * (dist.get_world_size() + 1) / 2
-    if not bool((probe == expected).all()):
-        raise SystemExit(
-            f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
-        )
+        dist.init_process_group("gloo", timeout=BACKSTOP, **rendezvous())
+    check_links(device)
     machines, ranks = int(os.environ.get("GROUP_WORLD_SIZE", "1")), dist.get_world_size()
     if machines == 1:
         return device, init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
@@ -73,25 +58,55 @@ def join(device):
     return device, init_device_mesh(device.type, (machines, ranks // machines), mesh_dim_names=("machine", "shard"))
 
 
-def meeting():
+def set_up_card():
+    """Choose and configure this rank's GPU; return its torch.device."""
+    local_rank, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= cards:
+        raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
+    # Micro-batches of changing size would fragment fixed segments. Torch reads this when it makes the first tensor.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.set_float32_matmul_precision("highest")  # no TF32: what is float32 here is so for its digits
+    torch.cuda.set_device(local_rank)
+    name = torch.cuda.get_device_name()
+    if "RTX 40" in name:  # these cards have no peer-to-peer; NCCL may hang trying it
+        os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+    if local_rank == 0:
+        values = [f"{setting}={os.environ[setting]}" for setting in CARD_SETTINGS if setting in os.environ]
+        print(f"{name}: {', '.join(values)}", flush=True)
+    return torch.device("cuda", local_rank)
+
+
+def check_links(device):
+    """Raise SystemExit unless a sum over the ranks is right: broken links between GPUs have given wrong ones."""
+    ranks = dist.get_world_size()
+    probe = torch.full((1024,), float(dist.get_rank() + 1), device=device)
+    dist.all_reduce(probe)
+    expected = ranks * (ranks + 1) / 2
+    if not bool((probe == expected).all()):
+        raise SystemExit(
+            f"A test sum over the ranks is wrong: {probe[0]} instead of {expected}. Check the GPUs' links."
+        )
+
+
+def rendezvous():
     """Return where the ranks find each other, as arguments of init_process_group: torchrun's store, new per attempt.
 
     torchrun keeps one store over its restarts (torch 2.13). Without the prefix a restarted rank reads the address that
-    a dead one left there, and waits for it. On several machines the attempts are counted apart, so README's command
-    for them switches the keeping off.
+    a dead one left there, and waits for it. On several machines the attempts are counted apart, so the command for
+    them switches the keeping off.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=BACKSTOP))
-    return {"store": dist.PrefixStore(attempt(), store), "rank": rank, "world_size": size}
+    return {"store": dist.PrefixStore(attempt_prefix(), store), "rank": rank, "world_size": size}
 
 
-def attempt():
+def attempt_prefix():
     """Return the name of torchrun's present attempt, the same on every rank."""
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if one_machine else "attempt"
 
 
-def die_with_launcher():
-    """Have the kernel kill this process when torchrun dies: alone it would train on and hold the folder and the GPU."""
+def end_with_launcher():
+    """Make the kernel kill this process when torchrun dies: alone it would train on and keep the folder and the GPU."""
     if sys.platform != "linux":
         return
     system.end_with_parent()
@@ -105,7 +120,46 @@ def die_with_launcher():
         raise SystemExit(f"torchrun has died: this process belongs to {parent} now. Run the same command again.")
 
 
-# ==== Agreement ====
+# ==== What all ranks do together ====
+
+
+def on_every_rank(value):
+    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank0(action):
+    """Run `action()` on rank 0 and return its result (a small picklable object) on every rank. All ranks must call it.
+
+    A refusal of the action (SystemExit or OSError) ends all ranks and is printed once.
+    """
+    result = refusal = None
+    if dist.get_rank() == 0:
+        try:
+            result = action()
+        except (SystemExit, OSError) as error:
+            refusal = str(error)
+    result, refusal = on_every_rank((result, refusal))[0]
+    if refusal is not None:
+        end_all(refusal)
+    return result
+
+
+def together(action):
+    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
+    reason = None
+    try:
+        result = action()
+    except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
+        reason = f"{type(error).__name__}: {error}"
+    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
+    if reasons:
+        raise OSError("; ".join(reasons))
+    return result
 
 
 def end_all(sentence):
@@ -116,28 +170,12 @@ def end_all(sentence):
     raise SystemExit(1)
 
 
-def on_rank0(action):
-    """Run `action()` on rank 0 and return its result there, None elsewhere. Its refusal ends all ranks, said once."""
-    result = refusal = None
-    if dist.get_rank() == 0:
-        try:
-            result = action()
-        except (SystemExit, OSError) as error:
-            refusal = str(error)
-    if refusal := on_every_rank(refusal)[0]:
-        end_all(refusal)
-    return result
-
-
-def agree_on(facts):
-    """End all ranks, with the difference named, unless `facts` (dict of name to value) are the same on each."""
-    everyone = on_every_rank(facts)
-    different = [
-        f"{name} is {everyone[0].get(name)} on rank 0 and {value} on rank {rank}"
-        for rank, theirs in enumerate(everyone)
-        for name, value in theirs.items()
-        if value != everyone[0].get(name)
-    ]
+def check_same(values):
+    """End all ranks, with the differences named, unless `values` (dict of name to value) are the same on each."""
+    everyone = on_every_rank(values)
+    different = []
+    for rank, theirs in enumerate(everyone):
+        different += system.differences(everyone[0], theirs, "on rank 0", f"on rank {rank}")
     if different:
         end_all(f"The ranks differ: {'; '.join(different)}. Start all of them with the same files and flags.")
 
@@ -156,7 +194,7 @@ def check_shared(folder, name):
 
 
 class Stop:
-    """Notes that this run was asked to end after its step: SIGTERM, SIGINT, or a file STOP in its folder."""
+    """Notes a request to end the run after its step: SIGTERM, SIGINT, or a file STOP in its folder."""
 
     def __init__(self, folder):
         self.file = Path(folder) / "STOP"
@@ -165,65 +203,89 @@ class Stop:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
-        """Take the wish down; a second SIGINT then ends the process at once.
+        """Note the request; a second SIGINT then ends the process at once.
 
-        torchrun hands a second Ctrl-C on as SIGTERM. After a SIGTERM another one is no second wish: systemd sends one
-        to every process, and torchrun passes on its own.
+        torchrun passes a second Ctrl-C on as SIGTERM. After a SIGTERM another one is no second request: systemd sends
+        one to every process, and torchrun passes on its own.
         """
         self.signalled = True
-        for again in (signal.SIGINT, signal.SIGTERM) if number == signal.SIGINT else (signal.SIGINT,):
+        at_once = (signal.SIGINT, signal.SIGTERM) if number == signal.SIGINT else (signal.SIGINT,)
+        for again in at_once:
             signal.signal(again, signal.SIG_DFL)
 
-    def asked(self):
-        """Return whether this rank knows of a wish to stop; the ranks still have to agree on it."""
+    def requested(self):
+        """Return whether this rank knows of a request to stop; the ranks still have to agree on it."""
         return self.signalled or (dist.get_rank() == 0 and self.file.exists())
 
-    def done(self):
-        """Remove the file and return the command that continues the run."""
+    def clear(self):
+        """Remove the file STOP."""
         if dist.get_rank() == 0:
             self.file.unlink(missing_ok=True)
-        try:
-            launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
-        except OSError:  # no Linux
-            return "the same torchrun command"
-        # The name of an older checkpoint would be refused now that there are newer ones; the last flag wins.
-        return shlex.join(launcher + ["--resume", "newest"] * ("--resume" in " ".join(launcher)))
+
+
+def resume_command():
+    """Return the command that continues this run: torchrun's own, as a line for the shell."""
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+    except OSError:  # not Linux
+        return "the same torchrun command"
+    if "--resume" in " ".join(launcher):
+        # The name of an older checkpoint would be refused now that there are later ones; the last flag wins.
+        launcher += ["--resume", "latest"]
+    return shlex.join(launcher)
 
 
 # ==== A rank that died or hangs ======
 
 
-class Place:
-    """Where this rank is, for `Watch`: set by `at`, read from the watching thread."""
+class Progress:
+    """What this rank is doing, for `Watchdog`: set by `heartbeat`, read from the watching thread."""
 
-    name, part, patient, moves = "start", "", True, 0
+    phase, part, patient, count = "start", "", True, 0
+
+    @classmethod
+    def text(cls):
+        return f"{cls.phase}, {cls.part}" if cls.part else cls.phase
 
 
-def at(name=None, part="", patient=False):
-    """Say where this rank is now: a new place, or only a new `part` of the place it is in.
+def heartbeat(phase=None, part="", patient=False):
+    """Report progress: a new phase of this rank, or only a new `part` of its present phase.
 
-    patient: the place takes as long as its disk needs (loading, saving): only a rank that fell silent counts there.
+    patient: the phase takes as long as its disk needs (loading, saving): only a rank that fell silent counts there.
     """
-    if name:
-        Place.name, Place.patient = name, patient
-    Place.part = part
-    Place.moves += 1
+    if phase:
+        Progress.phase, Progress.patient = phase, patient
+    Progress.part = part
+    Progress.count += 1
 
 
-class Watch:
-    """Tells the other ranks once a second that this one lives and where it is, and ends it when they do not move.
+@dataclass
+class Seen:
+    """The last report of a rank: when it came and what it said."""
 
-    A rank is lost when nothing is heard from it (killed, stopped, its machine gone) for `limit_seconds`, anywhere. All
-    ranks hang when none of them comes to a new place for so long, except where a place is patient. The thread talks
-    through torchrun's store: a collective could not report that collectives hang.
+    when: float  # time.monotonic()
+    text: str = "start"
+    patient: bool = True
+    count: int = 0  # of heartbeats: a rank whose count stays does not move
+    beat: int = 0  # of the watching thread: a rank whose beat stays is silent
+
+
+class Watchdog:
+    """Reports once a second to the other ranks that this one is alive, and ends it when they are dead or hang.
+
+    A rank is lost when it has been silent (killed, stopped, its machine gone) for `limit_seconds`, in any phase. All
+    ranks hang when none of them reports progress for so long, except in a patient phase. The thread talks through
+    torchrun's store: a collective could not report that collectives hang.
     """
 
     def __init__(self, limit_seconds):
-        self.limit, self.beat = limit_seconds, min(1.0, limit_seconds / 10)
-        self.me, self.size = dist.get_rank(), dist.get_world_size()
-        self.heard = {rank: (time.monotonic(), ["start", True, 0, 0]) for rank in range(self.size)}
-        self.moved, self.ended = time.monotonic(), threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.limit = limit_seconds
+        self.interval = min(1.0, limit_seconds / 10)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.seen = {rank: Seen(time.monotonic()) for rank in range(self.size)}
+        self.moved = time.monotonic()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def __enter__(self):
         if self.size > 1:
@@ -231,82 +293,69 @@ class Watch:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind and issubclass(kind, Exception) and self.size > 1:
-            time.sleep(4 * self.beat)  # long enough to notice whose beats are missing
-            self.say("failed", 3 * self.beat)
+        if self.size == 1:
+            return
+        if kind and issubclass(kind, Exception):
+            time.sleep(4 * self.interval)  # long enough to notice whose reports are missing
+            self.explain("failed", 3 * self.interval)
         self.ended.set()
-        if self.size > 1:  # a thread that is inside torch when Python ends aborts the process
-            self.thread.join(timeout=10)
+        self.thread.join(timeout=10)  # a thread that is inside torch when Python ends aborts the process
 
-    def run(self):
+    def watch(self):
+        """Report and listen until the end of the run. Runs in the thread."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        beat = 0
         try:
-            store = dist.PrefixStore(f"watch_{attempt()}", dist.TCPStore(address, port, is_master=False))
-            beats = 0
-            while not self.ended.wait(self.beat):
-                place = ", ".join(filter(None, (Place.name, Place.part)))
-                store.set(str(self.me), json.dumps([place, Place.patient, Place.moves, beats := beats + 1]))
+            store = dist.PrefixStore(f"watch_{attempt_prefix()}", dist.TCPStore(address, port, is_master=False))
+            while not self.ended.wait(self.interval):
+                beat += 1
+                store.set(str(self.rank), json.dumps([Progress.text(), Progress.patient, Progress.count, beat]))
                 self.listen(store)
                 still = time.monotonic() - self.moved
-                if self.silent(self.limit) or (still > self.limit and not Place.patient):
-                    self.say("stops", self.limit)
+                if self.silent(self.limit) or (still > self.limit and not Progress.patient):
+                    self.explain("stops", self.limit)
                     os._exit(1)  # the main thread is inside a collective that never ends
         except (RuntimeError, dist.DistError) as error:
             if not self.ended.is_set():
-                print(f"Rank {self.me} lost torchrun's store and is no longer watched: {error}", file=sys.stderr)
+                print(f"Rank {self.rank} lost torchrun's store and is no longer watched: {error}", file=sys.stderr)
 
     def listen(self, store):
-        """Note what is new from each rank, and when."""
-        for rank, (_, last) in self.heard.items():
-            now = json.loads(store.get(str(rank))) if store.check([str(rank)]) else last
-            if now != last:
-                self.heard[rank] = time.monotonic(), now
-                if now[2] != last[2]:
-                    self.moved = time.monotonic()
+        """Note what is new from each rank, and when it came."""
+        for rank, last in self.seen.items():
+            if not store.check([str(rank)]):
+                continue
+            text, patient, count, beat = json.loads(store.get(str(rank)))
+            if (count, beat) == (last.count, last.beat):
+                continue
+            self.seen[rank] = Seen(time.monotonic(), text, patient, count, beat)
+            if count != last.count:
+                self.moved = time.monotonic()
 
     def silent(self, seconds):
-        """Return the ranks that were not heard for `seconds`."""
-        return [rank for rank, (when, _) in self.heard.items() if time.monotonic() - when > seconds and rank != self.me]
-
-    def say(self, what, seconds):
-        """Print why this rank ends, and where it and the others are."""
-        silent = self.silent(seconds)
+        """Return the other ranks that have not reported for `seconds`."""
         now = time.monotonic()
-        lost = [
-            f"rank {r} was last heard {now - self.heard[r][0]:.0f} s ago in {self.heard[r][1][0]!r}" for r in silent
-        ]
-        rest = [
-            f"rank {r} is in {text[0]!r}" for r, (_, text) in self.heard.items() if r not in silent and r != self.me
-        ]
-        cause = "Look at the lost process, its GPU and its machine" if lost else "See the error of the rank that failed"
-        if what == "stops" and not lost:
-            rest.append(f"none moved for {now - self.moved:.0f} s")
-            cause = "Raise COLLECTIVE_TIMEOUT_SECONDS if one micro-batch may take that long here"
-        where = ", ".join(filter(None, (Place.name, Place.part)))
+        return [rank for rank, seen in self.seen.items() if rank != self.rank and now - seen.when > seconds]
+
+    def explain(self, what, seconds):
+        """Print why this rank ends, and what it and the others are doing."""
+        silent, now = self.silent(seconds), time.monotonic()
+        others = []
+        for rank in silent:
+            seen = self.seen[rank]
+            others.append(f"rank {rank} was last heard {now - seen.when:.0f} s ago in {seen.text!r}")
+        for rank, seen in self.seen.items():
+            if rank not in silent and rank != self.rank:
+                others.append(f"rank {rank} is in {seen.text!r}")
+        if silent:
+            remedy = "Look at the lost process, its GPU and its machine"
+        elif what == "stops":
+            others.append(f"none moved for {now - self.moved:.0f} s")
+            remedy = "Raise COLLECTIVE_TIMEOUT_SECONDS if one micro-batch may take that long here"
+        else:
+            remedy = "See the error of the rank that failed"
         print(
-            f"Rank {self.me} {what} in {where!r}: {'; '.join(lost + rest)}. {cause}; then run the same command again.",
+            f"Rank {self.rank} {what} in {Progress.text()!r}: {'; '.join(others)}. {remedy}; then run the same command "
+            "again.",
             file=sys.stderr,
             flush=True,
         )
-
-
-def on_every_rank(value):
-    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def together(action):
-    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
-    reason = None
-    try:
-        result = action()
-    except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
-        reason = f"{type(error).__name__}: {error}"
-    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
-    if reasons:
-        raise OSError("; ".join(reasons))
-    return result

@@ -16,46 +16,48 @@ from sft import system
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ROOT = Path(__file__).resolve().parents[2]
-
-ROOT = Path(__file__).resolve().parents[2]
-
-ROOT = Path(__file__).resolve().parents[2]
+# Dense bfloat16 operations per second with float32 sums, from NVIDIA's data sheets.
+PEAKS = {
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
 
 
 def memory(device):
-    """Return the bytes of memory of this rank's GPU, or its part of this machine's, which the local ranks share."""
+    """Return the bytes of memory of this rank's GPU, or this rank's share of the machine's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-# Dense bf16 operations per second with float32 sums, of NVIDIA's data sheets.
-PEAKS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "A100": 312e12, "L40S": 362e12}
-PEAKS |= {"H100": 989e12, "H200": 989e12}
-
-
-def peak_flops(device, dtype):
-    """Return the most floating-point operations per second of this rank's device: of PEAKS, or else measured here."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if known := [peak for card, peak in PEAKS.items() if card in name]:
-            return known[0]
-    size, best = 4096 if device.type == "cuda" else 1024, math.inf
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    for _ in range(5):
-        began = time.perf_counter()
-        (matrix @ matrix).sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
-
-
 def peak_gib(device):
-    """Return the most GiB that this rank held so far: of GPU memory in tensors, or of the process on a CPU."""
+    """Return the most GiB that this rank has used so far: GPU memory in tensors, or on a CPU the whole process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
+def peak_flops(device, dtype):
+    """Return the most floating-point operations per second of this rank's device, from PEAKS or else measured now."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name(device)
+        for name, peak in PEAKS.items():
+            if name in card:
+                return peak
+    size = 4096 if device.type == "cuda" else 1024
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def versions():

@@ -1,10 +1,11 @@
 """What a run needs, from shapes alone: bytes per rank, bytes sent per step, operations per step.
 
-Used by sft_v1.py before each run and by its --plan-only. No weights are loaded: the model stands on the meta device,
-where a tensor has a shape and no memory, and runs one forward and backward of the largest micro-batch there.
+Used by sft_v1.py before each run and by its --plan-only. No weights are loaded: the model is on the meta device, where
+a tensor has a shape and no memory, and runs one forward and backward of the largest micro-batch there.
 """
 
 import copy
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from sft.training import model as sft_model
 
 GIB = 2**30
 BUDGETS = (8192, 6144, 4096, 3072, 2048, 1024)  # tokens per micro-batch that "auto" tries
+
+# ==== The model's shapes and the machine ====
 
 
 @dataclass(frozen=True)
@@ -37,26 +40,38 @@ class Shapes:
         return self.blocks + self.root
 
 
+@dataclass(frozen=True)
+class Topology:
+    """The ranks of a run. Those of one machine share a model; each machine has a copy."""
+
+    ranks: int
+    machines: int
+    device: str  # "cuda" | "cpu"
+
+    @property
+    def shards(self):
+        return self.ranks // self.machines
+
+
 def on_meta(config, dtype, layers=None):
-    """Return the SFTModel of a transformers `config` on the meta device, with only `layers` blocks if given."""
+    """Return the causal LM of a transformers `config` on the meta device, with only `layers` blocks if given."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
-    return causal_lm
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="packed")
 
 
 def shapes(config):
     """Return the Shapes of a transformers `config`."""
     causal_lm = on_meta(config, torch.float32)
-    blocks = [sum(p.numel() for p in layer.parameters()) for layer in causal_lm.base_model.layers]
-    matrices = sum(p.numel() for layer in causal_lm.base_model.layers for p in layer.parameters() if p.ndim == 2)
+    layers = causal_lm.base_model.layers
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shapes(
         block=max(blocks),
         blocks=sum(blocks),
         root=sum(p.numel() for p in causal_lm.parameters()) - sum(blocks),
-        matrices=matrices,
+        matrices=sum(p.numel() for p in layers.parameters() if p.ndim == 2),
         head=causal_lm.get_output_embeddings().weight.numel(),
         attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
     )
@@ -74,37 +89,42 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known):
         super().__init__()
         self.before = WeakIdKeyDictionary((t.untyped_storage(), None) for t in known)
-        self.alive, self.peak = WeakIdKeyDictionary(), 0
+        self.alive = WeakIdKeyDictionary()
+        self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+        result = function(*args, **(kwargs or {}))
+        grown = False
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                if (storage := local.untyped_storage()) not in self.before:
+                storage = local.untyped_storage()
+                if storage not in self.before and storage not in self.alive:
                     self.alive[storage] = None
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
-        return made
+                    grown = True
+        if grown:  # a view or an operation in place adds nothing
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+        return result
 
 
-def activation_bytes(config, dtype, lengths, checkpointing, loss_chunk_tokens):
-    """Return the peak bytes of one forward and backward beside parameters and their gradients.
+def activation_bytes(config, dtype, lengths, checkpointing):
+    """Return the peak bytes of one forward and backward, without parameters and their gradients.
 
     lengths: tokens of each document of the micro-batch; all of them are trained. The peak of a model grows by the same
     bytes with each block, so two small models give that of any number of blocks.
     """
-    batch = dataloader.micro_batch([(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths])
-    batch = dataloader.each_tensor(batch, lambda tensor: tensor.to("meta"))
+    batch = dataloader.concatenate([(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths]).to("meta")
     peaks = []
     for layers in (2, 3):
-        model = sft_model.SFTModel(on_meta(config, dtype, layers), loss_chunk_tokens).train()
+        model = sft_model.SFTModel(on_meta(config, dtype, layers)).train()
         sft_model.prepare_blocks(model, checkpointing, compile_blocks=False)
         for p in model.parameters():  # FSDP takes a gradient away as soon as it is there
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            model(**batch).backward()
+            model(batch).backward()
         peaks.append(live.peak)
-    return peaks[0] + (config.num_hidden_layers - 2) * (peaks[1] - peaks[0])
+    per_block = peaks[1] - peaks[0]
+    return peaks[0] + (config.num_hidden_layers - 2) * per_block
 
 
 # ==== The plan ====
@@ -114,7 +134,7 @@ def activation_bytes(config, dtype, lengths, checkpointing, loss_chunk_tokens):
 class Plan:
     """The choices that decide speed and memory, and the bytes of one rank that follow from them."""
 
-    memory_policy: str  # "per_step" | "per_micro_batch"
+    communicate: str  # "per_step" | "per_micro_batch"
     checkpointing: bool
     tokens: int  # of the largest micro-batch allowed
     masters: int  # bytes of the fp32 parameters' shard
@@ -128,100 +148,133 @@ class Plan:
         return self.masters + self.moments + self.gathered + self.gradients + self.activations
 
 
-def plan(config, sizes, shards, dtype, memory_policy, checkpointing, tokens, longest, loss_chunk_tokens):
+def estimate(sizes, shards, dtype, communicate, checkpointing, tokens, activations):
     """Return the Plan of one rank among `shards` that share a model.
 
-    dtype: torch.dtype of the compute; longest: tokens of the longest document, which the micro-batch is made of.
+    dtype: torch.dtype of the compute; activations: bytes of the micro-batch's, from activation_bytes.
     FSDP2 keeps a unit's gathered parameters in the compute dtype and reduces its gradients in fp32.
     """
-    lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-    if memory_policy == "per_step":  # everything is gathered once and kept; gradients add up unsharded, in fp32
+    if communicate == "per_step":  # everything is gathered once and kept; gradients add up unsharded, in fp32
         gathered = dtype.itemsize * (sizes.all + max(sizes.block, sizes.root))
         gradients = 4 * (sizes.all + max(2 * sizes.block, sizes.root)) + dtype.itemsize * sizes.block
-    else:  # the root, the block at work and the one fetched ahead, each beside the buffer it comes in
+    else:  # the root, the block at work and the one fetched ahead, each next to the buffer it comes in
         gathered = dtype.itemsize * (sizes.root + 4 * sizes.block)
         gradients = 4 * sizes.all // shards + (4 + dtype.itemsize) * max(sizes.block, sizes.root) + 4 * sizes.block
     return Plan(
-        memory_policy=memory_policy,
+        communicate=communicate,
         checkpointing=checkpointing,
         tokens=tokens,
         masters=4 * sizes.all // shards,
         moments=8 * sizes.all // shards,
         gathered=gathered,
         gradients=gradients,
-        activations=activation_bytes(config, dtype, lengths, checkpointing, loss_chunk_tokens),
+        activations=activations,
     )
 
 
-def choose(config, shards, dtype, run, longest, limit):
+def choose(config, sizes, shards, dtype, args, longest, limit):
     """Return the fastest Plan that fits into `limit` bytes, or the smallest one if none does.
 
-    run: the settings; "auto" and 0 are chosen here. In this order: communicating once per step saves the most time
+    args: the settings; "auto" and 0 are chosen here. In this order: communicating once per step saves the most time
     between cards without NVLink, then not recomputing blocks (a third more work), then larger micro-batches.
     """
-    policy, checkpointing, tokens = (
-        run[name] for name in ("MEMORY_POLICY", "ACTIVATION_CHECKPOINTING", "TOKENS_PER_MICRO_BATCH")
-    )
-    sizes, plans = shapes(config), []
-    for choice in itertools.product(
-        ("per_step", "per_micro_batch") if policy == "auto" else (policy,),
-        (False, True) if checkpointing == "auto" else (checkpointing == "on",),
-        [tokens] if tokens else [budget for budget in BUDGETS if budget >= longest] or [longest],
-    ):
-        plans.append(plan(config, sizes, shards, dtype, *choice, longest, run["LOSS_CHUNK_TOKENS"]))
-        if plans[-1].total <= limit:
-            return plans[-1]
-    return min(plans, key=lambda made: made.total)
+    ways = [args["COMMUNICATE"]]
+    if args["COMMUNICATE"] == "auto":
+        ways = ["per_step", "per_micro_batch"]
+    recompute = [args["ACTIVATION_CHECKPOINTING"] == "on"]
+    if args["ACTIVATION_CHECKPOINTING"] == "auto":
+        recompute = [False, True]
+    budgets = [args["TOKENS_PER_MICRO_BATCH"]]
+    if args["TOKENS_PER_MICRO_BATCH"] == 0:
+        budgets = [budget for budget in BUDGETS if budget >= longest] or [longest]
+
+    @functools.cache
+    def activations(tokens, checkpointing):
+        lengths = [longest] * (tokens // longest)  # the longest documents need the most
+        if tokens % longest:
+            lengths.append(tokens % longest)
+        return activation_bytes(config, dtype, lengths, checkpointing)
+
+    plans = []
+    for communicate, checkpointing, tokens in itertools.product(ways, recompute, budgets):
+        size = activations(tokens, checkpointing)
+        plan = estimate(sizes, shards, dtype, communicate, checkpointing, tokens, size)
+        if plan.total <= limit:
+            return plan
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.total)
 
 
-def sent_per_step(sizes, shards, machines, dtype, memory_policy, micro_batches):
+def sent_per_step(sizes, topology, dtype, communicate, micro_batches):
     """Return the bytes that one rank sends in an optimizer step, in rings: gathers, reductions, the sum over machines.
 
     Once per step, each unit is gathered once and its gradients reduced once; else twice (forward, backward) and once in
     each micro-batch.
     """
-    gathers, reductions = (1, 1) if memory_policy == "per_step" else (2 * micro_batches, micro_batches)
+    shards, machines = topology.shards, topology.machines
+    gathers, reductions = 1, 1
+    if communicate == "per_micro_batch":
+        gathers, reductions = 2 * micro_batches, micro_batches
     inside = (gathers * dtype.itemsize + reductions * 4) * sizes.all * (shards - 1) / shards
-    return inside + reductions * 2 * 4 * sizes.all / shards * (machines - 1) / machines
+    across = reductions * 2 * 4 * sizes.all / shards * (machines - 1) / machines
+    return inside + across
 
 
-def describe(made, config, run, lengths, survey, total_steps, limit, place):
+# ==== At the start of a run ====
+
+
+def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
     """Return the lines that say what the run will train, hold, send and take.
 
-    made: the Plan; survey: of step_plan; limit: bytes a rank may use; place: (number of ranks, of machines, "cuda" or
-    "cpu").
+    survey: dataloader.Survey; limit: bytes a rank may use; topology: Topology.
     """
-    (ranks, machines, device), sizes, dtype = place, shapes(config), getattr(torch, run["COMPUTE_DTYPE"])
-    shards, per_step, mean = ranks // machines, run["SEQUENCES_PER_STEP"], lengths.mean()
-    context = int(lengths.max())
-    real, slots = per_step * mean, per_step * context
-    sent = {
-        policy: sent_per_step(sizes, shards, machines, dtype, policy, survey["micro_batches"])
-        for policy in ("per_step", "per_micro_batch")
-    }
-    parts = ", ".join(
-        f"{name} {getattr(made, name) / GIB:.1f}"
-        for name in ("masters", "moments", "gathered", "gradients", "activations")
-    )
-    hours = total_steps * real / run["EXPECTED_TOKENS_PER_SECOND"] / 3600
-    size = sizes.all * 12 / GIB
-    spread = f", sharded over {shards}, on {machines} machines" if machines > 1 else ""
+    mean, longest = lengths.mean(), int(lengths.max())
+    per_step, speed = args["SEQUENCES_PER_STEP"], args["EXPECTED_TOKENS_PER_SECOND"]
+    real, slots = per_step * mean, per_step * longest
+    dtype = getattr(torch, args["COMPUTE_DTYPE"])
+    names = ("masters", "moments", "gathered", "gradients", "activations")
+    parts = ", ".join(f"{name} {getattr(plan, name) / GIB:.1f}" for name in names)
+    sent = {}
+    for way in ("per_step", "per_micro_batch"):
+        sent[way] = sent_per_step(sizes, topology, dtype, way, survey.micro_batches) / 1e9
+    spread = ""
+    if topology.machines > 1:
+        spread = f", sharded over {topology.shards}, on {topology.machines} machines"
+    recompute = "on" if plan.checkpointing else "off"
+    checkpoint, kept = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"]
     lines = {
-        "model": f"{run['BASE_MODEL']}: {sizes.all:,} parameters, {run['COMPUTE_DTYPE']} compute, float32 masters",
-        "ranks": f"{ranks} on {device}{spread}",
-        "data": f"{len(lengths):,} sequences, {int(lengths.sum()):,} tokens, mean {mean:.0f}, longest {context}",
-        "step": f"{per_step} sequences = about {real:,.0f} real tokens (padded to {context} each, it would be "
+        "model": f"{args['RESIZED_MODEL']}: {sizes.all:,} parameters, {args['COMPUTE_DTYPE']} compute, float32 masters",
+        "ranks": f"{topology.ranks} on {topology.device}{spread}",
+        "data": f"{len(lengths):,} sequences, {int(lengths.sum()):,} tokens, mean {mean:.0f}, longest {longest}",
+        "step": f"{per_step} sequences = about {real:,.0f} real tokens (padded to {longest} each, it would be "
         f"{slots:,} slots, {1 - real / slots:.0%} of them padding)",
-        "layout": f"{made.tokens:,} tokens per micro-batch, {survey['micro_batches']:.1f} of them per rank and step; "
-        f"ranks wait {survey['idle_share']:.1%}; activation checkpointing {'on' if made.checkpointing else 'off'}",
-        "memory": f"{made.total / GIB:.1f} of {limit / GIB:.1f} GiB per rank: {parts}",
-        "traffic": f"{made.memory_policy}: {sent[made.memory_policy] / 1e9:.1f} GB sent per rank and step (per_step "
-        f"{sent['per_step'] / 1e9:.1f}, per_micro_batch {sent['per_micro_batch'] / 1e9:.1f})",
-        "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; {hours:.1f} h at "
-        f"{run['EXPECTED_TOKENS_PER_SECOND']:,} tokens/s",
-        "checkpoint": f"{size:.1f} GiB each, {run['KEEP_CHECKPOINTS']} kept and one on its way: "
-        f"{size * (run['KEEP_CHECKPOINTS'] + 1):.0f} GiB of disk in {run['OUTPUT_DIR']}",
+        "layout": f"{plan.tokens:,} tokens per micro-batch, {survey.micro_batches:.1f} of them per rank and step; "
+        f"ranks wait {survey.idle_share:.1%}; activation checkpointing {recompute}",
+        "memory": f"{plan.total / GIB:.1f} of {limit / GIB:.1f} GiB per rank: {parts}",
+        "traffic": f"{plan.communicate}: {sent[plan.communicate]:.1f} GB sent per rank and step (per_step "
+        f"{sent['per_step']:.1f}, per_micro_batch {sent['per_micro_batch']:.1f})",
+        "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; "
+        f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s",
+        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept and one on its way: {checkpoint * (kept + 1):.0f} GiB "
+        f"of disk in {args['CHECKPOINT_DIR']}",
     }
-    if made.total > limit:
+    if plan.total > limit:
         lines["WARNING"] = "the plan does not fit. Use more GPUs, or shorter sequences (prepare_data.py, MAX_SEQ_LEN)"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def plan_run(args, config, sizes, lengths, topology, limit):
+    """Choose how the run uses its memory, and lay out its first epoch.
+
+    lengths: int64 tokens of each training sequence; limit: bytes a rank may use.
+    Returns: (Plan, dataloader.Survey, total steps, the lines to print).
+    """
+    seed, per_step = args["SEED"], args["SEQUENCES_PER_STEP"]
+    one_epoch = dataloader.steps_per_epoch(len(lengths), per_step)
+    total_steps = args["MAX_STEPS"] or args["EPOCHS"] * one_epoch
+    dtype = getattr(torch, args["COMPUTE_DTYPE"])
+    plan = choose(config, sizes, topology.shards, dtype, args, int(lengths.max()), limit)
+    costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
+    steps = min(one_epoch, total_steps)
+    survey = dataloader.survey(lengths, topology.ranks, plan.tokens, costs, seed, steps, per_step)
+    return plan, survey, total_steps, describe(plan, sizes, args, lengths, survey, total_steps, limit, topology)

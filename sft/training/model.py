@@ -1,6 +1,6 @@
-"""What is ours in the model: the attention over documents laid end to end, the loss, and the inputs of both.
+"""The trained model: transformers' AutoModelForCausalLM with our attention over packed documents and our loss.
 
-Used by sft_v1.py, and by memory_plan.py on the meta device. The model itself is transformers' AutoModelForCausalLM.
+Used by sft_v1.py, and by memory_plan.py on the meta device.
 """
 
 from functools import partial
@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
+from sft import hf_folder
 from sft.training import cpu, dataloader
+
+LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
+
+# ==== Attention ====
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -24,26 +29,31 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     Raises: ValueError for a model whose attention does more than this (a soft cap, a window shorter than a document).
     """
     lengths, bounds = kwargs["documents"].lengths, kwargs["documents"].bounds
+    longest = max(lengths)
     window = kwargs.get("sliding_window")
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and max(lengths) > window):
-        raise ValueError("this model's attention has a soft cap, sinks or a sliding window, which sft_v1.py has not.")
-    if query.device.type != "cpu":  # torch's variable-length flash attention; equal head counts, as torch 2.11 asks
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-        query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-        longest = max(lengths)
-        output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
-        return output.unsqueeze(0), None
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and longest > window):
+        raise ValueError("its attention has a soft cap, sinks or a sliding window, which packed_attention has not.")
+    if query.device.type == "cpu":
+        return cpu_attention(query, key, value, lengths, scaling), None
+    # torch's variable-length flash attention; torch 2.11 asks for equal numbers of query and key heads.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    return output.unsqueeze(0), None
+
+
+def cpu_attention(query, key, value, lengths, scaling):
+    """Return packed_attention's output [1, tokens, heads, head_dim] on a CPU, one document after another."""
     grouped = query[0].unflatten(0, (key.shape[1], -1))
-    parts = [part.split(lengths, dim=-2) for part in (grouped, key[0], value[0])]
-    outputs = [
-        cpu.CausalAttention.apply(*document, scaling or query.shape[-1] ** -0.5)
-        for document in zip(*parts, strict=True)
-    ]
-    return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0), None
+    queries, keys, values = (part.split(lengths, dim=-2) for part in (grouped, key[0], value[0]))
+    scaling = scaling or query.shape[-1] ** -0.5
+    outputs = [cpu.CausalAttention.apply(q, k, v, scaling) for q, k, v in zip(queries, keys, values, strict=True)]
+    return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
 
 
-# No mask is registered beside it: transformers then makes none, and does not look for documents in position_ids, which
-# would wait for the device in each forward.
+# No mask function is registered next to it: transformers then builds no mask, and does not look for documents in
+# position_ids, which would wait for the device in each forward.
 AttentionInterface.register("packed", packed_attention)
 
 
@@ -53,7 +63,7 @@ AttentionInterface.register("packed", packed_attention)
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T` whose logits exist for one chunk of rows at a time.
 
-    The gradients are made in the forward, where the chunk's probabilities are at hand, so nothing is computed twice.
+    The forward computes the gradients, too, while it has the chunk's probabilities: nothing is computed twice.
     """
 
     @staticmethod
@@ -62,14 +72,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if with_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
         for start in range(0, len(hidden), chunk):
-            rows, wanted = hidden[start : start + chunk], targets[start : start + chunk, None]
+            rows = hidden[start : start + chunk]
+            chunk_targets = targets[start : start + chunk, None]
             log_probs = torch.log_softmax(rows @ weight.T, dim=1, dtype=torch.float32)
-            chosen = log_probs.gather(1, wanted)
-            total -= chosen.sum()
+            target_log_probs = log_probs.gather(1, chunk_targets)
+            total -= target_log_probs.sum()
             if with_grad:
-                slope = log_probs.exp_().scatter_add_(1, wanted, torch.full_like(chosen, -1.0)).to(weight.dtype)
-                hidden_grad[start : start + chunk] = slope @ weight
-                weight_grad += slope.T @ rows
+                minus_one = torch.full_like(target_log_probs, -1.0)
+                logits_grad = log_probs.exp_().scatter_add_(1, chunk_targets, minus_one).to(weight.dtype)
+                hidden_grad[start : start + chunk] = logits_grad @ weight
+                weight_grad += logits_grad.T @ rows
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
@@ -84,56 +96,65 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class SFTModel(nn.Module):
     """Trunk, head and loss in one module: FSDP's root then owns the (tied) embedding and gathers it for the loss."""
 
-    def __init__(self, causal_lm, loss_chunk_tokens):
+    def __init__(self, causal_lm):
         super().__init__()
         self.causal_lm = causal_lm
-        self.loss_chunk_tokens = loss_chunk_tokens
 
-    def forward(self, input_ids, position_ids, documents, predictors, targets):
-        """Return the summed cross-entropy (fp32 scalar) of `targets` as predicted at the positions `predictors`.
+    def forward(self, batch):
+        """Return the summed cross-entropy (fp32 scalar) of the targets of `batch`, a dataloader.MicroBatch.
 
-        input_ids, position_ids: int64 [1, tokens]; predictors, targets: int64 [trainable tokens], possibly empty.
-        Without targets (None), return the logits there: [len(predictors), vocabulary].
+        Without targets (None), return the logits at its predictors: [len(predictors), vocabulary].
         """
-        hidden = self.causal_lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents
-        ).last_hidden_state[0, predictors]
-        weight = self.causal_lm.get_output_embeddings().weight
-        if targets is None:
-            return hidden @ weight.T
-        return ChunkedCrossEntropy.apply(hidden, weight, targets, self.loss_chunk_tokens, torch.is_grad_enabled())
-
-
-def load_model(base_model, loss_chunk_tokens):
-    """Return the SFTModel of the HF folder `base_model`, on the CPU, in float32.
-
-    Raises: SystemExit if it does not load, lacks a tensor, or computes another loss than its head's.
-    """
-    try:
-        causal_lm, loading = AutoModelForCausalLM.from_pretrained(
-            base_model,
-            dtype=torch.float32,
-            attn_implementation="packed",
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        output = self.causal_lm.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, documents=batch.documents
         )
-    except Exception as error:  # transformers, safetensors and json each raise their own
-        raise SystemExit(
-            f"{base_model} does not load ({type(error).__name__}: {error}). Run resize_vocab.py."
-        ) from None
-    if missing := sorted(loading["missing_keys"]):
-        raise SystemExit(f"{base_model} lacks {len(missing)} tensors, first {missing[0]}. Run resize_vocab.py again.")
-    model = SFTModel(causal_lm, loss_chunk_tokens)
-    check_loss(model, base_model)
+        hidden = output.last_hidden_state[0, batch.predictors]
+        weight = self.causal_lm.get_output_embeddings().weight
+        if batch.targets is None:
+            return hidden @ weight.T
+        return ChunkedCrossEntropy.apply(hidden, weight, batch.targets, LOSS_CHUNK_TOKENS, torch.is_grad_enabled())
+
+
+# ==== Loading ====
+
+
+def load_model(folder):
+    """Return the SFTModel of the HF folder `folder`, on the CPU, in float32.
+
+    Raises: SystemExit if it does not load strictly, or computes another loss than its head's.
+    """
+    remedy = "Run resize_vocab.py again."
+    causal_lm = hf_folder.load_model(folder, remedy, torch.float32, attn_implementation="packed")
+    model = SFTModel(causal_lm)
+    check_loss(model, folder)
     return model.train()
+
+
+@torch.no_grad()
+def check_loss(model, folder):
+    """Refuse a model whose own logits are not its head times its last hidden state (scaled, capped, biased heads)."""
+    row = np.arange(24), np.ones(24, bool)
+    batch = dataloader.concatenate([row, row])
+    try:
+        ours = model(batch)
+        theirs = model.causal_lm(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents
+        ).logits
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{folder}: sft_v1.py cannot train this architecture: {error}") from None
+    theirs = F.cross_entropy(theirs[0, batch.predictors].float(), batch.targets, reduction="sum")
+    if not torch.isclose(ours, theirs, rtol=1e-4):
+        raise SystemExit(
+            f"{folder}: its own loss on a test text is {theirs:.4f}, sft_v1.py's is {ours:.4f}: the model does more to "
+            "its logits than multiply by the head. sft_v1.py trains only Llama-like models."
+        )
 
 
 def prepare_blocks(model, activation_checkpointing, compile_blocks):
     """Compile each block of an SFTModel, recompute it in the backward, both or neither; in place.
 
-    Compiled are the pieces before and after the attention call, for any number of tokens: one compilation serves all
-    blocks and steps. The forward is replaced, not the block, so that names of parameters stay.
+    torch.compile gets the pieces before and after the attention call, for any number of tokens: one compilation serves
+    all blocks and steps. The forward is replaced, not the block, so that the names of parameters stay.
     """
     if compile_blocks:
         AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
@@ -142,21 +163,3 @@ def prepare_blocks(model, activation_checkpointing, compile_blocks):
             layer.forward = torch.compile(layer.forward, dynamic=True)
         if activation_checkpointing:
             layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-@torch.no_grad()
-def check_loss(model, base_model):
-    """Refuse a model whose own logits are not its head times its last hidden state (scaled, capped, biased heads)."""
-    ids = torch.arange(24)
-    batch = dataloader.micro_batch([(ids.numpy(), np.ones(24, bool)), (ids.numpy(), np.ones(24, bool))])
-    try:
-        ours = model(**batch)
-        theirs = model.causal_lm(**{k: v for k, v in batch.items() if k not in ("predictors", "targets")}).logits
-    except (ValueError, TypeError) as error:
-        raise SystemExit(f"{base_model}: sft_v1.py cannot train this architecture: {error}") from None
-    theirs = F.cross_entropy(theirs[0, batch["predictors"]].float(), batch["targets"], reduction="sum")
-    if not torch.isclose(ours, theirs, rtol=1e-4):
-        raise SystemExit(
-            f"{base_model}: its own loss on a test text is {theirs:.4f}, sft_v1.py's is {ours:.4f}: the model does "
-            "more to its logits than multiply by the head. Only Llama-like models are trained here."
-        )

@@ -1,4 +1,4 @@
-"""The trainer's record: metrics.jsonl, skipped and outlying steps, TensorBoard, loss curve and progress bar.
+"""The record of a run: metrics.jsonl, skipped steps, loss spikes, answers, TensorBoard, loss curve and progress bar.
 
 Used by sft_v1.py.
 """
@@ -15,52 +15,69 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sft import system
+from sft.training import hardware
 
 RECORDS = ("metrics", "skipped", "spikes", "answers")
+SPIKE_SIGMA = 6.0  # standard deviations above the mean of the last losses from which a loss is a spike
 SPIKE_WINDOW = 200  # losses that a spike is compared with
 SPIKE_LEAST = 20  # fewer losses say nothing yet
+BAR = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "mfu": ".0%"}  # shown at the bar
 
 
 class Log:
-    """Writes metrics.jsonl, TensorBoard events, the loss curve and the progress bar, on rank 0; else nothing.
+    """Writes the record on rank 0 and does nothing on the other ranks.
 
-    Steps that were skipped stand in skipped.jsonl, those with an outlying loss in spikes.jsonl, with their sequences
-    (indices of the training split); answers to the prompts in answers.jsonl. A continued run drops the lines after the
-    step it continues from, in all of them.
+    metrics.jsonl has a line for each step; skipped.jsonl the steps that updated nothing and spikes.jsonl those with an
+    outlying loss, both with their sequences (indices of the training split); answers.jsonl the answers to the prompts.
+    A continued run drops the lines after the step it continues from, in all of them.
     """
 
-    def __init__(self, folder, step, total_steps):
+    def __init__(self, folder, step, total_steps, device, peak_flops):
+        """step: the one that the run continues from, 0 at the start; peak_flops: per second, of all ranks."""
         self.path = Path(folder) / "metrics.jsonl"
-        self.on = dist.get_rank() == 0
+        self.device = device
+        self.peak_flops = peak_flops
         self.warning = ""
+        self.on = dist.get_rank() == 0
         if not self.on:
             return
         for name in RECORDS:
-            kept = [line for line in self.read(name) if line["step"] <= step] if step else []
-            if kept or self.file(name).exists():
-                system.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
+            self.drop_after(name, step)
         losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
+    # ---- Files ----
+
     def file(self, name):
         return self.path.with_name(f"{name}.jsonl")
 
     def read(self, name):
-        """Return the lines of a record as dicts; one cut off by a kill or a power cut is left out."""
-        found = []
+        """Return the lines of a record as dicts, without those cut off by a kill or a power cut."""
+        lines = []
         if self.file(name).exists():
             for line in self.file(name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    continue
                 try:
-                    found += [json.loads(line)] if line.endswith("\n") else []
+                    lines.append(json.loads(line))
                 except ValueError:  # zeros, where the power failed before the file was on the disk
                     continue
-        return found
+        return lines
+
+    def drop_after(self, name, step):
+        """Write a record again without the lines after `step`; step 0 keeps none."""
+        kept = [line for line in self.read(name) if line["step"] <= step] if step else []
+        if kept or self.file(name).exists():
+            system.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, name, line):
         """Add `line` to a record; a number that is not finite becomes null. Returns the line as written."""
-        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        line = dict(line)
+        for key, value in line.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                line[key] = None
         try:
             with self.file(name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -68,11 +85,46 @@ class Log:
             self.say(f"WARNING: step {line['step']} is missing in {self.file(name)}: {error}")
         return line
 
+    def sync(self):
+        """Put the record on the disk, so that no checkpoint is newer than its metrics after a power cut."""
+        if not self.on:
+            return
+        for name in RECORDS:
+            try:
+                if self.file(name).exists():
+                    system.durable(self.file(name))
+            except OSError as error:
+                self.say(f"WARNING: {self.file(name)} is not on the disk: {error}")
+
+    # ---- A step ----
+
+    def metrics(self, step, loss, grad_norm, lr, batch, seconds):
+        """Return the line (dict) of an optimizer step that took `seconds`. batch: dataloader.Batch."""
+        stats = batch.stats
+        return {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": stats["tokens"],
+            "trainable_tokens": stats["trainable_tokens"],
+            "idle_share": stats["idle_share"],
+            "data_seconds": stats["data_seconds"],
+            "micro_batches": len(batch.micro_batches),
+            "step_seconds": round(seconds, 4),
+            "tokens_per_second": round(stats["tokens"] / seconds, 1),
+            "trainable_tokens_per_second": round(stats["trainable_tokens"] / seconds, 1),
+            "mfu": round(stats["flops"] / seconds / self.peak_flops, 4),
+            "peak_gib": hardware.peak_gib(self.device),
+        }
+
     def write(self, line):
         """Record `line`: {"step": int, name: number, ...}."""
         if not self.on:
             return
-        line = self.append("metrics", line | ({"warning": self.warning} if self.warning else {}))
+        if self.warning:
+            line = line | {"warning": self.warning}
+        line = self.append("metrics", line)
         try:
             for name, value in line.items():
                 if name not in ("step", "warning") and value is not None:
@@ -80,57 +132,70 @@ class Log:
         except OSError as error:
             self.say(f"WARNING: step {line['step']} is missing in TensorBoard: {error}")
 
-    def judge(self, line, indices, updated, sigma):
-        """Record and tell a step that was not `updated`, or whose loss is `sigma` deviations above the last ones."""
+    def record_skipped(self, line, indices):
+        """Record and print a step that updated nothing, with its sequences."""
         if not self.on:
             return
-        named = {name: line[name] for name in ("step", "loss", "grad_norm")} | {"sequences": [int(i) for i in indices]}
-        where = "step {step}: loss {loss:.4f}, gradient norm {grad_norm:.4f}".format(**line)
-        if not updated:
-            self.append("skipped", named)
-            self.say(f"WARNING: {where}; the step was skipped, nothing was updated. Its sequences: skipped.jsonl.")
-        if not math.isfinite(line["loss"]):
+        self.append("skipped", self.summary(line, indices))
+        self.say(
+            f"WARNING: {self.sentence(line)}; the step was skipped, nothing was updated. Its sequences: skipped.jsonl."
+        )
+
+    def check_spike(self, line, indices):
+        """Record and print a step whose loss is SPIKE_SIGMA deviations above the last ones, with its sequences."""
+        if not self.on or not math.isfinite(line["loss"]):
             return
         if len(self.losses) >= SPIKE_LEAST:
             mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
-            if line["loss"] > mean + sigma * deviation:
-                self.append("spikes", named | {"mean": mean, "deviation": deviation})
-                self.say(f"WARNING: {where}; the last losses were {mean:.4f} +- {deviation:.4f}: see spikes.jsonl.")
+            if line["loss"] > mean + SPIKE_SIGMA * deviation:
+                self.append("spikes", self.summary(line, indices) | {"mean": mean, "deviation": deviation})
+                self.say(
+                    f"WARNING: {self.sentence(line)}; the last losses were {mean:.4f} +- {deviation:.4f}: see "
+                    "spikes.jsonl."
+                )
         self.losses.append(line["loss"])
 
+    @staticmethod
+    def summary(line, indices):
+        return {
+            "step": line["step"],
+            "loss": line["loss"],
+            "grad_norm": line["grad_norm"],
+            "sequences": [int(i) for i in indices],
+        }
+
+    @staticmethod
+    def sentence(line):
+        return f"step {line['step']}: loss {line['loss']:.4f}, gradient norm {line['grad_norm']:.4f}"
+
     def answers(self, step, prompts, texts):
-        """Record and show what the model answers to each prompt at `step`."""
+        """Record and print what the model answers to each prompt at `step`."""
         if not self.on:
             return
-        self.append("answers", {"step": step, "answers": dict(zip(prompts, texts, strict=True))})
-        for prompt, text in zip(prompts, texts, strict=True):
+        answers = dict(zip(prompts, texts, strict=True))
+        self.append("answers", {"step": step, "answers": answers})
+        for prompt, text in answers.items():
             self.say(f"    {prompt} -> {text!r}")
         try:
-            self.board.add_text("answers", "\n\n".join(map(": ".join, zip(prompts, texts, strict=True))), step)
+            self.board.add_text("answers", "\n\n".join(f"{prompt}: {text}" for prompt, text in answers.items()), step)
         except OSError as error:
             self.say(f"WARNING: the answers of step {step} are missing in TensorBoard: {error}")
+
+    # ---- Terminal ----
 
     def warn(self, text):
         """Put `text` on every line from here on; "" ends it."""
         self.warning = text
 
-    def sync(self):
-        """Put the record on the disk, so that no checkpoint is newer than its metrics after a power cut."""
-        for name in RECORDS if self.on else ():
-            try:
-                if self.file(name).exists():
-                    system.durable(self.file(name))
-            except OSError as error:
-                self.say(f"WARNING: {self.file(name)} is not on the disk: {error}")
-
     def advance(self, line):
         """Move the bar by one step and show `line`'s loss, learning rate, gradient norm and speed."""
-        if self.on:
-            names = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "mfu": ".0%"}
-            shown = {name: format(line[name], form) for name, form in names.items()}
-            shown |= {"WARNING": self.warning} if self.warning else {}
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update()
+        if not self.on:
+            return
+        shown = {name: format(line[name], form) for name, form in BAR.items()}
+        if self.warning:
+            shown["WARNING"] = self.warning
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
 
     def say(self, text):
         """Print `text` above the bar."""
@@ -144,7 +209,8 @@ class Log:
         self.bar.close()
         self.board.close()
         lines = self.read("metrics")
-        axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).add_subplot()
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
         for name, style in (("loss", "-"), ("validation_loss", "o-")):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:

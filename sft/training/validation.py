@@ -1,4 +1,4 @@
-"""What a training run looks at between its steps: the loss on held-out conversations, and answers to a few prompts.
+"""The validation between the steps of a run: the loss on held-out conversations, and answers to a few prompts.
 
 Used by sft_v1.py. Every rank takes part.
 """
@@ -13,63 +13,77 @@ from transformers import PreTrainedTokenizerFast
 
 from sft.training import dataloader, distributed
 
+ANSWER_TOKENS = 64  # tokens after which an answer is cut off
 
-def looker(model, data, held_out, log, run, device):
-    """Return the function of a step that validates and answers PROMPTS, or None if VALIDATE_EVERY is 0."""
-    if not held_out:
-        return None
-    sources, prompts = data["validation"].data.column("source").to_pylist(), []
-    if run["PROMPTS"]:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(run["DATA_DIR"]) / "tokenizer")
-        for prompt in run["PROMPTS"]:
+
+class Validator:
+    """Validates the model and answers the prompts at a step."""
+
+    def __init__(self, model, dataset, loader, log, args):
+        """dataset: the validation split; loader: the PackedLoader of it; args: the settings."""
+        self.model = model
+        self.loader = loader
+        self.log = log
+        self.sequences_per_step = args["SEQUENCES_PER_STEP"]
+        self.sources = dataset.data.column("source").to_pylist()
+        self.prompts = args["PROMPTS"]
+        self.prompt_ids = []
+        if self.prompts:
+            self.tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(args["DATA_DIR"]) / "tokenizer")
+        for prompt in self.prompts:
             turn = [{"role": "user", "content": prompt}]
-            prompts.append(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+            ids = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+            self.prompt_ids.append(ids)
 
-    def look(step):
-        found = validate(model, held_out, sources, run["SEQUENCES_PER_STEP"])
-        log.say(f"step {step}: validation loss {found['validation_loss']:.4f}")
-        if prompts:
-            stop = tokenizer.eos_token_id
-            answers = answer(model, prompts, stop, run["ANSWER_TOKENS"], device)
-            found["answers_stopped"] = sum(ids[-1] == stop for ids in answers) / len(answers)
-            log.answers(step, run["PROMPTS"], tokenizer.batch_decode(answers))
-        return found
-
-    return look
+    def validate(self, step):
+        """Return the validation's metrics (dict) for the line of `step`; print the loss, record the answers."""
+        metrics = validation_loss(self.model, self.loader, self.sources, self.sequences_per_step)
+        self.log.say(f"step {step}: validation loss {metrics['validation_loss']:.4f}")
+        if self.prompts:
+            stop = self.tokenizer.eos_token_id
+            answers = answer(self.model, self.prompt_ids, stop, ANSWER_TOKENS, self.loader.device)
+            stopped = sum(ids[-1] == stop for ids in answers)
+            metrics["answers_stopped"] = stopped / len(answers)
+            self.log.answers(step, self.prompts, self.tokenizer.batch_decode(answers))
+        return metrics
 
 
 def reshard(model):
-    """Give gathered parameters back; else a checkpoint would read the copies in the compute dtype."""
+    """Give the gathered parameters back; else a checkpoint would read the copies in the compute dtype."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 @torch.no_grad()
-def validate(model, held_out, sources, sequences_per_step):
+def validation_loss(model, loader, sources, sequences_per_step):
     """Return the loss per trainable token of the validation split, the same on every rank: all of it, and per source.
 
     sources: the source of each sequence. Returns: {"validation_loss": float, "validation_loss/NAME": float, ...}.
     """
     model.eval()
     names = sorted(set(sources))
-    parts = []  # (place of its source in names, indices)
-    for place, name in enumerate(names):
-        mine = [i for i, source in enumerate(sources) if source == name]
-        parts += [(place, mine[n : n + sequences_per_step]) for n in range(0, len(mine), sequences_per_step)]
-    sums = torch.zeros(2, len(names), dtype=torch.float64)  # cross-entropy on this rank, trainable tokens on all
-    steps = held_out.each([indices for _, indices in parts])
-    for (place, _), (_, batches, facts) in zip(parts, steps, strict=True):
-        sums[1, place] += facts["trainable_tokens"] / dist.get_world_size()
-        for batch in batches:
-            distributed.at(part=f"validation on {names[place]}")
-            sums[0, place] += model(**batch).double().cpu()
-    dist.all_reduce(sums := sums.to(held_out.device))
+    parts = []  # (number of the source in names, indices)
+    for number, name in enumerate(names):
+        indices = [i for i, source in enumerate(sources) if source == name]
+        for start in range(0, len(indices), sequences_per_step):
+            parts.append((number, indices[start : start + sequences_per_step]))
+    losses = torch.zeros(len(names), dtype=torch.float64)  # summed cross-entropy on this rank
+    tokens = torch.zeros(len(names), dtype=torch.float64)  # trainable ones, this rank's share
+    batches = loader.batches(indices for _, indices in parts)
+    for (number, _), batch in zip(parts, batches, strict=True):
+        tokens[number] += batch.stats["trainable_tokens"] / dist.get_world_size()
+        for micro_batch in batch.micro_batches:
+            distributed.heartbeat(part=f"validation on {names[number]}")
+            losses[number] += model(micro_batch).double().cpu()
+    sums = torch.stack([losses, tokens]).to(loader.device)
+    dist.all_reduce(sums)
     reshard(model)
     model.train()
-    losses = (sums[0] / sums[1]).tolist()
-    by_source = {f"validation_loss/{name}": loss for name, loss in zip(names, losses, strict=True)}
-    return {"validation_loss": float(sums[0].sum() / sums[1].sum())} | by_source
+    result = {"validation_loss": float(sums[0].sum() / sums[1].sum())}
+    for name, loss in zip(names, (sums[0] / sums[1]).tolist(), strict=True):
+        result[f"validation_loss/{name}"] = loss
+    return result
 
 
 @torch.no_grad()
@@ -81,14 +95,18 @@ def answer(model, prompts, stop, limit, device):
     """
     model.eval()
     answers = [[] for _ in prompts]
-    while going := [n for n, ids in enumerate(answers) if len(ids) < limit and ids[-1:] != [stop]]:
-        distributed.at(part=f"answering prompts, token {len(answers[going[0]]) + 1}")
-        rows = [np.array(prompts[n] + answers[n]) for n in going]
-        batch = dataloader.micro_batch([(ids, np.zeros(len(ids), bool)) for ids in rows])
-        batch |= {"predictors": torch.tensor(np.cumsum([len(ids) for ids in rows]) - 1), "targets": None}
-        logits = model(**dataloader.each_tensor(batch, lambda t: t.to(device)))
-        dist.broadcast(tokens := logits.argmax(dim=1), 0)  # ranks that disagreed would wait for each other forever
-        for n, token in zip(going, tokens.tolist(), strict=True):
+    while True:
+        active = [n for n, ids in enumerate(answers) if len(ids) < limit and ids[-1:] != [stop]]
+        if not active:
+            break
+        distributed.heartbeat(part=f"answering prompts, token {len(answers[active[0]]) + 1}")
+        texts = [np.array(prompts[n] + answers[n]) for n in active]
+        batch = dataloader.concatenate([(ids, np.zeros(len(ids), bool)) for ids in texts])
+        batch.predictors = torch.tensor(np.cumsum([len(ids) for ids in texts]) - 1)  # the last token of each
+        batch.targets = None
+        tokens = model(batch.to(device)).argmax(dim=1)
+        dist.broadcast(tokens, 0)  # ranks that disagreed would wait for each other forever
+        for n, token in zip(active, tokens.tolist(), strict=True):
             answers[n].append(token)
     reshard(model)
     model.train()

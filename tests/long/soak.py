@@ -1,21 +1,24 @@
 """Train 300 steps with a save every 5 on two CPU processes and measure what grows: memory, open files, threads, time.
 
-    python benchmarks/soak.py                   300 steps, 60 saves, about a minute on two CPU cores
-    python benchmarks/soak.py --quick           60 steps, 12 saves
+    python tests/long/soak.py                   300 steps, 60 saves, about a minute on two CPU cores
+    python tests/long/soak.py --quick           60 steps, 12 saves
 
 Each rank is sampled at each save. A growth is the median of the last quarter of the samples minus the median of the
 second quarter, the largest of both ranks; the drift of the step time is the quotient of these medians minus 1.
 """
 
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-import common
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import common  # puts the suite on the path
 import faults
 
 from sft import settings
+from sft.training import checkpoints
 
 # ---- Soak ----
 STEPS = 300  # optimizer steps
@@ -36,12 +39,12 @@ def follow(launcher, run, steps, save_every):
     """Sample both ranks as each checkpoint of `run` gets its name; return one list of samples per rank."""
     samples = [[] for _ in launcher.ranks]
     for step in range(save_every, steps, save_every):
-        while not (run / f"step_{step:06d}").exists():
+        while not (run / checkpoints.checkpoint_name(step)).exists():
             if not faults.running(launcher.pid):
                 raise SystemExit(f"The run ended before step {step}: {launcher.log.read_text()[-3000:]}")
             time.sleep(0.002)
-        for pid, found in zip(launcher.ranks, samples, strict=True):
-            found.append(sample(pid))
+        for pid, of_rank in zip(launcher.ranks, samples, strict=True):
+            of_rank.append(sample(pid))
     return samples
 
 
@@ -66,7 +69,7 @@ def main():
         seconds = [line["step_seconds"] for line in map(faults.json.loads, lines) if "step_seconds" in line]
     growth = {}
     for name in ("rss_mib", "fds", "threads"):
-        pairs = [quarters([entry[name] for entry in found]) for found in samples]
+        pairs = [quarters([entry[name] for entry in of_rank]) for of_rank in samples]
         growth[name] = max(last - second for second, last in pairs)
         print(f"{name:8} {'; '.join(f'rank {r}: {a:.1f} -> {b:.1f}' for r, (a, b) in enumerate(pairs))}")
     second, last = quarters(seconds)

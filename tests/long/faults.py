@@ -1,16 +1,16 @@
-"""Kill a training run hundreds of times, damage its checkpoints, and prove that nothing is lost and nothing is wrong.
+"""Kill a training run hundreds of times, damage its checkpoints, and check that nothing is lost and nothing is wrong.
 
 Writes  a temporary folder, removed at the end, and one line per fault.
 
-    python benchmarks/faults.py                 200 kills, about 20 minutes on two CPU cores
-    python benchmarks/faults.py --quick         8 kills
+    python tests/long/faults.py                 200 kills, about 20 minutes on two CPU cores
+    python tests/long/faults.py --quick         8 kills
 
 A small random Llama trains on two CPU processes and saves every other step. It is killed at chosen points of a run and
 at random times: one rank, all of them, or the launcher. Then the same command is started again. Some finished
-checkpoints are damaged in between. After each kill the newest whole checkpoint must be at least the one before the
+checkpoints are damaged in between. After each kill the latest whole checkpoint must be at least the one before the
 kill, and every checkpoint must equal, byte for byte, the one that an uninterrupted run wrote at that step.
 
-Most runs are forked from this process, which has imported torch already: `Launcher` stands for torchrun and does to the
+Most runs are forked from this process, which has imported torch already: `Launcher` plays torchrun and does to the
 ranks what torchrun does. One run in twenty goes through torchrun itself.
 """
 
@@ -28,10 +28,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import common  # puts the suite on the path
 import numpy as np
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import common  # puts the suite on the path
 
 import sft_v1
 from sft import settings
@@ -42,7 +44,7 @@ from sft.training import model as sft_model
 KILLS = 200  # processes or groups of processes killed before the result is printed
 SEED = 0  # of the times, points, victims and damages
 QUICK = False  # 8 kills
-STEPS = 40  # optimizer steps of one round; a round that was finished is checked, and the next one begins
+STEPS = 40  # optimizer steps of one round; a finished round is checked, and the next one starts
 SAVE_EVERY = 2  # optimizer steps
 
 # ==== A small model and its data, in the formats of the suite ====
@@ -79,8 +81,8 @@ def flags(folder, output, steps, save_every, keep=3):
     """Return the trainer's flags for a run of `folder`'s base and data into `folder`/`output`."""
     chosen = {
         "--data-dir": folder / "data",
-        "--base-model": folder / "base",
-        "--output-dir": folder / output,
+        "--resized-model": folder / "base",
+        "--checkpoint-dir": folder / output,
         "--max-steps": steps,
         "--save-every": save_every,
         "--keep-checkpoints": keep,
@@ -119,21 +121,22 @@ def wrap(owner, name, when, before=True):
     return install
 
 
+def staged(path, *_):
+    return path.name.startswith("step_") and path.name.endswith(".unfinished")
+
+
 def half_deleted(strike):
     """Have the deletion of an old checkpoint take one file away, then strike."""
     plain = shutil.rmtree
 
     def rmtree(path, *args, **kwargs):
-        if Path(path).name.startswith("step_"):
+        # A save also removes what stands under its own names, where usually nothing stands.
+        if Path(path).is_dir() and re.fullmatch(r"step_\d+", Path(path).name):
             sorted(Path(path).iterdir())[-1].unlink()
             strike()
         plain(path, *args, **kwargs)
 
     shutil.rmtree = rmtree
-
-
-def staged(path, *_):
-    return path.name.startswith(checkpoints.STAGING)
 
 
 # Point -> (the rank in which it is reached, what installs it there)
@@ -157,7 +160,7 @@ POINTS = {
     "first step": (0, wrap(sft_v1, "train_step", lambda *a: True)),
     "mid-step": (
         1,
-        wrap(distributed, "at", lambda name=None, part="", patient=False: part.startswith("micro-batch 2")),
+        wrap(distributed, "heartbeat", lambda phase=None, part="", patient=False: part.startswith("micro-batch 2")),
     ),
 }
 ONCE = [p for p in POINTS if p.startswith(("loading", "while run", "while metrics"))]  # points that a start passes once
@@ -188,21 +191,21 @@ class Launcher:
     def __init__(self, arguments, log, point=None, victim="itself", passes=1, size=2, restarts=0):
         self.arguments, self.log, self.size, self.restarts = arguments, log, size, restarts
         self.point, self.victim, self.passes = point, victim, passes
-        told, tell = os.pipe()
+        reader, writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(told)
+            os.close(reader)
             os.setpgid(0, 0)
             code = 1
             with contextlib.suppress(BaseException):
-                code = self.launch(tell)
+                code = self.launch(writer)
             os._exit(code)
-        os.close(tell)
+        os.close(writer)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(self.pid, self.pid)
-        self.ranks = [int(n) for n in os.fdopen(told).readline().split()]  # of the first attempt
+        self.ranks = [int(n) for n in os.fdopen(reader).readline().split()]  # of the first attempt
 
-    def launch(self, tell):
+    def launch(self, writer):
         for attempt in range(self.restarts + 1):
             with socket.socket() as free:
                 free.bind(("localhost", 0))
@@ -210,8 +213,8 @@ class Launcher:
             started = [self.start(rank, port, attempt) for rank in range(self.size)]
             store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
             if attempt == 0:
-                os.write(tell, f"{' '.join(map(str, started))}\n".encode())
-                os.close(tell)
+                os.write(writer, f"{' '.join(map(str, started))}\n".encode())
+                os.close(writer)
             failed = self.follow(started)
             del store
             if not failed:
@@ -312,19 +315,20 @@ class Torchrun:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(log, "a") as file:
             self.process = subprocess.Popen([*command, *arguments], stdout=file, stderr=file, env=environment)
-        self.seen = {}
+        self.pids = {}
 
-    def look(self):
+    def ranks(self):
         """Return {rank: pid} of the processes below torchrun."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         for pid in path.read_text().split() if path.exists() else ():
             with contextlib.suppress(OSError):
-                if found := re.search(rb"\0RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes()):
-                    self.seen[int(found[1])] = int(pid)
-        return self.seen
+                rank = re.search(rb"\0RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes())
+                if rank:
+                    self.pids[int(rank[1])] = int(pid)
+        return self.pids
 
     def kill(self, victim):
-        pids = self.look()
+        pids = self.ranks()
         chosen = {"all": [self.process.pid, *pids.values()], "launcher": [self.process.pid]}
         for pid in chosen.get(victim) or [pids.get(int(victim[-1]), self.process.pid)]:
             with contextlib.suppress(ProcessLookupError):
@@ -332,7 +336,7 @@ class Torchrun:
 
     def wait(self, seconds=180):
         code = self.process.wait(seconds)
-        gone(self.seen.values())
+        gone(self.pids.values())
         return code
 
 
@@ -378,10 +382,10 @@ def record(run):
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 
-# ==== The proof ====
+# ==== Check ====
 
 
-class Proof:
+class Check:
     """Counts what was done to the run and what came of it."""
 
     def __init__(self, folder, steps, save_every, seed):
@@ -400,8 +404,8 @@ class Proof:
     def run(self):
         return self.folder / f"round_{self.rounds}"
 
-    def newest(self):
-        return checkpoints.newest_whole(self.run, say=lambda text: None)
+    def latest(self):
+        return checkpoints.latest_whole(self.run, say=lambda text: None)
 
     def arguments(self):
         return flags(self.folder, self.run.name, self.steps, self.save_every)
@@ -409,7 +413,7 @@ class Proof:
     def kill(self, point, victim, passes=1):
         """Start the run, kill `victim` at `point` (None: at a random time), and check what is left."""
         self.log.write_text("")
-        before = self.newest()
+        before = self.latest()
         if point is None:
             launcher = Launcher(self.arguments(), self.log)
             time.sleep(self.rng.uniform(0, 1.1 * self.seconds))
@@ -420,24 +424,24 @@ class Proof:
 
     def kill_torchrun(self, victim):
         self.log.write_text("")
-        before, launcher = self.newest(), Torchrun(self.arguments(), self.log)
+        before, launcher = self.latest(), Torchrun(self.arguments(), self.log)
         deadline = time.monotonic() + self.rng.uniform(5, 11)
         while time.monotonic() < deadline and launcher.process.poll() is None:
-            launcher.look()
+            launcher.ranks()
             time.sleep(0.05)
         launcher.kill(victim)
         self.check(launcher.wait(), before, f"{victim} killed at a random time under torchrun")
 
     def check(self, code, before, what):
-        """Hold what the run left against the uninterrupted one."""
+        """Compare what the run left with the uninterrupted one."""
         if code:
             self.counts["kills"] += 1
         text = self.log.read_text()
         if self.pending:
             self.see_through(text, before)
-        left = self.newest()
+        left = self.latest()
         behind = before is not None and (left is None or left.name < before.name)
-        staging = list(self.run.glob(f"{checkpoints.STAGING}*"))
+        staging = list(self.run.glob("step_*.unfinished"))
         unfinished = staging or "after the rename" in what or "deleted" in what
         self.counts["saves_interrupted"] += bool(code and unfinished)
         self.counts["lost"] += behind
@@ -461,9 +465,9 @@ class Proof:
         return digests(checkpoint) != self.whole[checkpoint.name]
 
     def finish(self):
-        """Check a round that came to its end, and begin the next."""
+        """Check a finished round, and start the next."""
         equal = record(self.run) == record(self.folder / "whole")
-        last = f"step_{self.steps:06d}"
+        last = checkpoints.checkpoint_name(self.steps)
         if not equal or checkpoints.defect(self.run / last) or self.differs(self.run / last):
             self.counts["wrong"] += 1
             print(f"WRONG: {self.run} ended with other {'weights' if equal else 'metrics'}")
@@ -472,18 +476,18 @@ class Proof:
         self.pending = None
 
     def damage(self):
-        """Damage the newest checkpoint, if the one before it is whole, too."""
-        found = [path for path in checkpoints.listed(self.run) if not checkpoints.defect(path)]
-        if len(found) > 1 and not self.pending:
+        """Damage the latest checkpoint, if the one before it is whole, too."""
+        whole = [path for path in checkpoints.listed(self.run) if not checkpoints.defect(path)]
+        if len(whole) > 1 and not self.pending:
             harm = self.rng.choice(DAMAGES)
-            harm(found[0], self.rng)
+            harm(whole[0], self.rng)
             self.counts["corruptions"] += 1
-            self.pending = found[0]
-            print(f"      {harm.__name__}: {found[0].name}", flush=True)
+            self.pending = whole[0]
+            print(f"      {harm.__name__}: {whole[0].name}", flush=True)
 
     def see_through(self, text, before):
         """Count a damage as caught when a start has named it, or when a save has replaced it unread."""
-        if f"{self.pending} is passed over" in text:
+        if f"{self.pending} is skipped" in text:
             self.counts["caught"] += 1
             self.pending = None
         elif f"{self.pending}, " in text:
@@ -493,7 +497,7 @@ class Proof:
     def to_the_end(self):
         """Run the last round to its end without a fault."""
         self.log.write_text("")
-        before = self.newest()
+        before = self.latest()
         code = Launcher(self.arguments(), self.log).wait()
         if code:
             self.counts["lost"] += 1
@@ -502,29 +506,29 @@ class Proof:
             self.check(code, before, "no fault")
 
 
-def prove(folder, kills, steps, save_every, seed, through_torchrun):
+def check(folder, kills, steps, save_every, seed, through_torchrun):
     """Do `kills` kills in `folder`, at each point in turn and at random times; return the counts."""
-    proof, turn = Proof(Path(folder), steps, save_every, seed), 0
-    while proof.counts["kills"] < kills:
+    check, turn = Check(Path(folder), steps, save_every, seed), 0
+    while check.counts["kills"] < kills:
         if through_torchrun and turn % 20 == 19:
-            proof.kill_torchrun(proof.rng.choice(VICTIMS))
+            check.kill_torchrun(check.rng.choice(VICTIMS))
         elif turn % 3 == 2:
-            proof.kill(None, proof.rng.choice(VICTIMS))
+            check.kill(None, check.rng.choice(VICTIMS))
         else:
             point = list(POINTS)[turn * 2 // 3 % len(POINTS)]
-            passes = 1 if point in ONCE else proof.rng.choice((1, 1, 2, 3))
-            proof.kill(point, proof.rng.choice(("itself", "all", "launcher")), passes)
-        if proof.rng.random() < 0.3:
-            proof.damage()
+            passes = 1 if point in ONCE else check.rng.choice((1, 1, 2, 3))
+            check.kill(point, check.rng.choice(("itself", "all", "launcher")), passes)
+        if check.rng.random() < 0.3:
+            check.damage()
         turn += 1
-    proof.to_the_end()
-    return proof.counts
+    check.to_the_end()
+    return check.counts
 
 
 def main():
     common.machine()
     with tempfile.TemporaryDirectory() as folder:
-        counts = prove(folder, 8 if QUICK else KILLS, STEPS, SAVE_EVERY, SEED, not QUICK)
+        counts = check(folder, 8 if QUICK else KILLS, STEPS, SAVE_EVERY, SEED, not QUICK)
     common.result(**counts)
     if counts["lost"] or counts["wrong"] or counts["caught"] != counts["corruptions"]:
         raise SystemExit("A checkpoint was lost or wrong. The lines above name it.")

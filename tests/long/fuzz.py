@@ -1,7 +1,7 @@
 """Does anything that comes from outside end in a traceback? Damaged and made-up inputs for every reader.
 
-    python benchmarks/fuzz.py            100,000 inputs
-    python benchmarks/fuzz.py --quick    2,000, for a look
+    python tests/long/fuzz.py            100,000 inputs
+    python tests/long/fuzz.py --quick    2,000, for a look
 
 Each kind of input goes to the functions that read it in earnest, in this process. It may be used, or refused by a
 SystemExit with a sentence, or (a row) be rejected with a reason; anything else counts as a traceback. A failure is
@@ -26,7 +26,8 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import common  # puts the suite on the path
 
 from sft import settings
 from sft.data import chatml, sources, workers
@@ -36,7 +37,7 @@ INPUTS = 100_000  # over all kinds, each with its share
 SEED = 1  # of every input
 QUICK = False  # 2,000 inputs
 
-# ==== Facts ====
+# ==== Constants ====
 
 SHARES = {  # of INPUTS, by what one costs; each kind has at least one
     "rows": 0.38,
@@ -76,18 +77,19 @@ def anything(rng, depth=0):
 
 
 def damage(rng, value):
-    """Return `value` (a JSON value, changed in place) with one place of it left out, doubled, or of another type."""
+    """Return `value` (a JSON value, changed in place) with one part of it left out, doubled, or of another type."""
     if not isinstance(value, dict | list) or not value or rng.random() < 0.05:
         return anything(rng)
-    place, how = rng.choice(list(value) if isinstance(value, dict) else range(len(value))), rng.random()
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    how = rng.random()
     if how < 0.1:
-        del value[place]
+        del value[key]
     elif how < 0.15 and isinstance(value, list):
-        value.insert(place, value[place])
+        value.insert(key, value[key])
     elif how < 0.2 and isinstance(value, dict):
         value[rng.choice((*KEYS, *NAMES))] = anything(rng)
     else:
-        value[place] = damage(rng, value[place])
+        value[key] = damage(rng, value[key])
     return value
 
 
@@ -102,16 +104,16 @@ def encoded(rng, value):
 def spoil(rng, data):
     """Return the bytes `data` after up to three flips, cuts, insertions, or in another encoding."""
     for _ in range(rng.randrange(4)):
-        place, end = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
+        start, end = sorted((rng.randint(0, len(data)), rng.randint(0, len(data))))
         how = rng.randrange(12)
         if how < 4:
-            data = data[:place] + rng.choice(BYTES) + data[place:]
-        elif how < 8 and place < len(data):
-            data = data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+            data = data[:start] + rng.choice(BYTES) + data[start:]
+        elif how < 8 and start < len(data):
+            data = data[:start] + bytes([data[start] ^ 1 << rng.randrange(8)]) + data[start + 1 :]
         elif how == 8:
-            data = data[:place]
+            data = data[:start]
         elif how == 9:
-            data = data[:place] + data[end:]
+            data = data[:start] + data[end:]
         elif how == 10:
             data = data.decode("utf-8", "replace").encode(rng.choice(("utf-16", "utf-8-sig", "utf-32-le")))
         else:
@@ -258,8 +260,8 @@ def feed_mixture(world, name, data):
 
 def make_checkpoints(rng):
     files = {".metadata": b"not opened", "__0_0.distcp": b"weights"}
-    facts = json.dumps({"step": 2, "updates": 2, "settings": {}, "fingerprints": {"base": "x"}}).encode()
-    files["facts.json"] = rng.choice((facts, json_bytes(rng, json.loads(facts))))
+    state = json.dumps({"step": 2, "updates": 2, "settings": {}, "fingerprints": {"base": "x"}}).encode()
+    files["state.json"] = rng.choice((state, json_bytes(rng, json.loads(state))))
     manifest = {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in files.items()}
     if rng.random() < 0.8:
         return files | {"manifest.json": json_bytes(rng, manifest)}
@@ -273,30 +275,31 @@ def feed_checkpoints(world, files):
         (step / name).write_bytes(data)
     problem = checkpoints.defect(step)
     assert problem is None or (isinstance(problem, str) and problem)
-    assert (checkpoints.newest_whole(step.parent) is None) == bool(problem)
+    assert (checkpoints.latest_whole(step.parent) is None) == bool(problem)
     assert isinstance(checkpoints.verify(step), dict)
 
 
 def make_report(rng):
     digest = hashlib.sha256(b"{}").hexdigest()
-    facts = {"fingerprints": {"data": "x", "base": "y"}, "settings": {"SEED": 1, "SEQUENCES_PER_STEP": 32}}
+    state = {"fingerprints": {"data": "x", "base": "y"}, "settings": {"SEED": 1, "SEQUENCES_PER_STEP": 32}}
     files = {
         "data/report.json": {"tokenizer_sha256": digest, "vocab_size": 10, "digest": {"train": "x"}, "max_seq_len": 64},
         "base/config.json": {"vocab_size": 10, "hidden_size": 8},
-        "out/run.json": facts,
+        "out/run.json": state,
     }
     files = {name: json.dumps(value).encode() for name, value in files.items()}
     name = rng.choice(list(files))
-    return facts, files | {name: json_bytes(rng, json.loads(files[name]))}
+    return state, files | {name: json_bytes(rng, json.loads(files[name]))}
 
 
-def feed_report(world, facts, files):
+def feed_report(world, state, files):
     for name, data in {**files, "data/tokenizer/tokenizer.json": b"{}", "base/tokenizer.json": b"{}"}.items():
         (world.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (world.folder / name).write_bytes(data)
     (world.folder / "base/x.safetensors").touch()
-    world.sft_v1.agree(str(world.folder / "data"), str(world.folder / "base"))
-    world.sft_v1.check_output(world.folder / "out", facts)
+    world.sft_v1.check_inputs(str(world.folder / "data"), str(world.folder / "base"))
+    state = world.sft_v1.State(**state, versions={}, world_size=1)
+    world.sft_v1.check_folder(world.folder / "out", state)
 
 
 def results_of():
@@ -387,8 +390,8 @@ def feed_tokenizer(world, data):
 
 def make(kind, seed, number):
     """Return the input `number` of a kind, a tuple: what its feed_* takes."""
-    made = globals()[f"make_{kind}"](random.Random(f"{kind} {seed} {number}"))
-    return made if isinstance(made, tuple) else tuple(made) if isinstance(made, list) else (made,)
+    parts = globals()[f"make_{kind}"](random.Random(f"{kind} {seed} {number}"))
+    return tuple(parts) if isinstance(parts, tuple | list) else (parts,)
 
 
 def write_base(folder, byte_level):
@@ -440,22 +443,27 @@ def build_world(folder):
     return SimpleNamespace(folder=folder, encoders=encoders, **names)
 
 
-def feed(world, kind, given):
+def feed(world, kind, parts):
     """Give one input to its readers; return None, or what was neither an answer nor a refusal in a sentence."""
     reader = "files" if kind == "parquet" else kind
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # as strict as a terminal
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         try:
-            globals()[f"feed_{reader}"](world, *given)
+            globals()[f"feed_{reader}"](world, *parts)
         except SystemExit as error:
-            told = error.code if isinstance(error.code, str) else ""
-            return None if told.strip() and "Traceback" not in told else f"SystemExit says only {error.code!r}"
+            sentence = error.code if isinstance(error.code, str) else ""
+            return None if sentence.strip() and "Traceback" not in sentence else f"SystemExit says only {error.code!r}"
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # pyo3's panics are no Exception
-            place = traceback.extract_tb(error.__traceback__)
-            place = [f"{Path(f.filename).name}:{f.lineno}" for f in place if Path(f.filename).parent == common.ROOT]
-            return f"{type(error).__name__}: {error} ({place[-1] if place else 'here'})"[:300]
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if of_the_suite(frame.filename)]
+            line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "here"
+            return f"{type(error).__name__}: {error} ({line})"[:300]
+
+
+def of_the_suite(path):
+    """Return whether the file `path` is a script at the root or under sft/."""
+    return Path(path).parent == common.ROOT or common.ROOT / "sft" in Path(path).parents
 
 
 def fuzz(inputs, seed, folder):
@@ -466,14 +474,15 @@ def fuzz(inputs, seed, folder):
     try:
         for kind, share in SHARES.items():
             started, failures = time.perf_counter(), []
-            number = max(1, round(inputs * share))
-            for place in range(number):
-                given = make(kind, seed, place)
-                if problem := feed(world, kind, given):
-                    failures.append(f"  {kind} {place}: {problem}\n    {reprlib.repr(given)}")
-            fed, failed = fed + number, failed + len(failures)
+            count = max(1, round(inputs * share))
+            for number in range(count):
+                parts = make(kind, seed, number)
+                problem = feed(world, kind, parts)
+                if problem:
+                    failures.append(f"  {kind} {number}: {problem}\n    {reprlib.repr(parts)}")
+            fed, failed = fed + count, failed + len(failures)
             seconds = time.perf_counter() - started
-            print(f"{kind:12} {number:7,} inputs {seconds:7.1f} s {len(failures):5} failures", flush=True)
+            print(f"{kind:12} {count:7,} inputs {seconds:7.1f} s {len(failures):5} failures", flush=True)
             print("\n".join(failures[:20]), end="\n" if failures else "")
     finally:
         os.chdir(before)

@@ -1,0 +1,100 @@
+"""dataloader.py: the set of a step depends on seed and step alone; the layout covers it, in budget and in balance.
+
+bash tests/run.sh tests/test_dataloader.py
+"""
+
+import numpy as np
+import pytest
+import torch
+from common import genesis_lengths
+from helpers import sequences, tiny_config, write_data
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft.training import dataloader, memory_plan
+
+# ---- Order ----
+
+
+def test_an_epoch_visits_each_sequence_once_and_epochs_differ():
+    steps = dataloader.steps_per_epoch(1000, 32)
+    assert steps == 31
+    first = np.concatenate([dataloader.sequences_of_step(1000, 7, step, 32) for step in range(steps)])
+    second = np.concatenate([dataloader.sequences_of_step(1000, 7, step, 32) for step in range(steps, 2 * steps)])
+    assert len(set(first.tolist())) == len(first) == 31 * 32
+    assert (first != second).any()
+    assert (first[:32] != dataloader.sequences_of_step(1000, 8, 0, 32)).any()
+
+
+def test_genesis_has_15955_steps():
+    assert dataloader.steps_per_epoch(510_577, 32) == 15_955
+
+
+# ---- Layout ----
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    ranks=st.integers(1, 5),
+    budget=st.integers(100, 300),
+)
+def test_a_layout_holds_each_sequence_once_within_the_budget_on_ranks_of_equal_forwards(lengths, ranks, budget):
+    layout = dataloader.lay_out(range(len(lengths)), lengths, ranks, budget, lengths)
+    assert sorted(i for rank in layout for batch in rank for i in batch) == list(range(len(lengths)))
+    assert len(layout) == ranks and len({len(rank) for rank in layout}) == 1
+    assert all(sum(lengths[i] for i in batch) <= budget for rank in layout for batch in rank)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_wait_less_than_5_percent_on_genesis_lengths(ranks):
+    lengths = genesis_lengths(6400)
+    assert 680 < lengths.mean() < 750
+    costs = dataloader.cost(lengths, matrices=924_844_032, attention=32 * 12 * 128)
+    waits = []
+    for step in range(200):
+        indices = dataloader.sequences_of_step(len(lengths), 42, step, 32)
+        waits.append(dataloader.idle_share(dataloader.lay_out(indices, lengths, ranks, 8192, costs), costs))
+    assert np.mean(waits) < 0.05
+
+
+# ---- Micro-batch ----
+
+
+def test_a_sequences_first_token_is_never_a_target():
+    rows = [(np.arange(10, 15), np.ones(5, bool)), (np.arange(20, 23), np.ones(3, bool))]
+    batch = dataloader.concatenate(rows)
+    assert batch.targets.tolist() == [11, 12, 13, 14, 21, 22]
+    assert batch.predictors.tolist() == [0, 1, 2, 3, 5, 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch.documents.bounds.tolist() == [0, 5, 8] and batch.documents.lengths == [5, 3]
+    assert batch.tokens == 8
+
+
+def test_a_micro_batch_moves_as_a_whole_with_or_without_targets():
+    batch = dataloader.concatenate([(np.arange(4), np.ones(4, bool))])
+    moved = batch.to("meta")
+    tensors = (moved.input_ids, moved.position_ids, moved.predictors, moved.targets, moved.documents.bounds)
+    assert all(tensor.device.type == "meta" for tensor in tensors) and moved.documents.lengths == [4]
+    batch.targets = None
+    assert batch.to("meta").targets is None
+
+
+# ---- Loader ----
+
+
+def test_the_loader_yields_the_sequences_of_each_step_and_counts_them(tmp_path, alone):
+    data = dataloader.load_data(str(write_data(tmp_path / "data")))["train"]
+    sizes = memory_plan.shapes(tiny_config())
+    loader = dataloader.PackedLoader(data, sizes, 256, torch.device("cpu"))
+    ids, masks = sequences(200, 515)
+    batches = list(loader.steps(seed=7, sequences_per_step=16, first=3, last=6))
+    assert len(batches) == 3
+    for step, batch in enumerate(batches, start=3):
+        assert batch.indices == dataloader.sequences_of_step(200, 7, step, 16)
+        tokens = torch.cat([micro_batch.input_ids[0] for micro_batch in batch.micro_batches]).tolist()
+        assert sorted(tokens) == sorted(np.concatenate([ids[i] for i in batch.indices]).tolist())
+        trained = sum(int(masks[i][1:].sum()) for i in batch.indices)
+        assert batch.stats["trainable_tokens"] == sum(len(part.targets) for part in batch.micro_batches) == trained
+        assert batch.stats["tokens"] == len(tokens) == sum(part.tokens for part in batch.micro_batches)
+        costs = sum(dataloader.cost(len(ids[i]), sizes.matrices, sizes.attention) for i in batch.indices)
+        assert batch.stats["flops"] == costs + 6 * sizes.head * trained
