@@ -238,7 +238,7 @@ FORGERIES += ["<|endoftext|>", "[INST]", "<unk>", "<0x0A>", "<|im_", "end|>", "â
 def test_no_text_in_any_role_becomes_a_control_token_and_all_of_it_survives(pair, contents):
     _, encoder = pair
     roles = ["system", *["user", "assistant"] * 3]
-    turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if conversations.utf8(text)]
+    turns = [(role, text.strip()) for role, text in zip(roles, contents, strict=False) if conversations.is_utf8(text)]
     for (role, text), turn in zip(turns, encoder.encode([turns])[0], strict=True):
         part, mask = (array.tolist() for array in chatml.concatenate([], [turn]))
         marked = role == "assistant" and chatml.has_think_block(text)
