@@ -50,7 +50,7 @@ def test_the_index_of_several_files_is_read_back_and_one_file_has_none(tmp_path)
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a tiny Llama of random weights and a tokenizer of words w0 to w49, whose template is the content."""
+    """A folder with a tiny Llama of random weights and the words w0 to w49; its chat template is the content."""
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
