@@ -202,33 +202,33 @@ class Encoder:
         """
         texts = {True: [], False: []}  # follows a control token?: the texts
         plans = [self.plan(turns, texts) for turns in batch]
-        encoded, forged = {}, {}
-        encoded[True], forged[True] = self.encode_texts(self.after_control, texts[True])
-        encoded[False], forged[False] = self.encode_texts(self.after_text, texts[False])
+        encoded, control_texts = {}, {}
+        encoded[True], control_texts[True] = self.encode_texts(self.after_control, texts[True])
+        encoded[False], control_texts[False] = self.encode_texts(self.after_text, texts[False])
         conversations = []
         for plan in plans:
-            if self.holds_control_id(plan, forged):
+            if self.holds_control_id(plan, control_texts):
                 conversations.append(None)
             else:
                 conversations.append([self.assemble(*turn, encoded) for turn in plan])
         return conversations
 
     def plan(self, turns, texts):
-        """Append the texts of a conversation to `texts`; return for each turn (role, thinks, indices).
+        """Append the texts of a conversation to `texts`; return for each turn (role, think_block, indices).
 
-        thinks: whether the turn is reasoning and answer, two texts; indices: where its texts are in texts[thinks].
+        think_block: whether the turn is two texts, reasoning and answer; indices: where they are in texts[think_block].
         """
         last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=-1)
         plan = []
         for i, (role, content) in enumerate(turns):
-            parts, thinks = [content], False
+            parts, think_block = [content], False
             if role == "assistant" and has_think_block(content):
                 reasoning, answer = content[len(THINK[0]) :].split(THINK[1])
-                thinks = self.keep_past_thinking or i > last_user
-                parts = [reasoning, answer] if thinks else [answer.strip()]
-            first = len(texts[thinks])
-            texts[thinks].extend(parts)
-            plan.append((role, thinks, range(first, first + len(parts))))
+                think_block = self.keep_past_thinking or i > last_user
+                parts = [reasoning, answer] if think_block else [answer.strip()]
+            first = len(texts[think_block])
+            texts[think_block].extend(parts)
+            plan.append((role, think_block, range(first, first + len(parts))))
         return plan
 
     def encode_texts(self, tokenizer, texts):
@@ -238,18 +238,18 @@ class Encoder:
         flat = itertools.chain.from_iterable(encoding.ids for encoding in encodings)
         flat = np.fromiter(flat, self.id_type, sum(lengths))
         ends = list(itertools.accumulate(lengths, initial=0))
-        forged = np.searchsorted(ends, np.flatnonzero(self.is_control[flat]), side="right") - 1
-        return [flat[begin:end] for begin, end in itertools.pairwise(ends)], set(forged.tolist())
+        control_texts = np.searchsorted(ends, np.flatnonzero(self.is_control[flat]), side="right") - 1
+        return [flat[begin:end] for begin, end in itertools.pairwise(ends)], set(control_texts.tolist())
 
-    def holds_control_id(self, plan, forged):
+    def holds_control_id(self, plan, control_texts):
         """Return whether any text of the planned turns holds a control id."""
-        return any(index in forged[thinks] for _, thinks, indices in plan for index in indices)
+        return any(index in control_texts[think_block] for _, think_block, indices in plan for index in indices)
 
-    def assemble(self, role, thinks, indices, encoded):
+    def assemble(self, role, think_block, indices, encoded):
         """Return the segments of one turn."""
         trained = role == "assistant"
-        segments = [(encoded[thinks][index], trained) for index in indices]
-        if thinks:
+        segments = [(encoded[think_block][index], trained) for index in indices]
+        if think_block:
             segments = [self.markers[0], segments[0], self.markers[1], segments[1]]
         return [self.heads[role], *segments, *self.ends[trained]]
 
