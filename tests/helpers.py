@@ -90,8 +90,8 @@ def make_reader(tokenizer, folder, tied=True):
     )  # fmt: skip
     torch.manual_seed(0)
     model, ids = transformers.LlamaForCausalLM(config), tokenizer(PASSAGE.read_text(), return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(90):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -97,10 +97,10 @@ def stored(work):
 
 @pytest.mark.torchrun
 def test_every_tensor_is_the_checkpoints_and_nothing_else_is_there(work):
-    expected, found = stored(work), load_file(work / "exports" / "sft_v1" / "model.safetensors")
+    expected, exported = stored(work), load_file(work / "exports" / "sft_v1" / "model.safetensors")
     base = load_file(work / "models" / "resized" / "model.safetensors")
-    assert expected.keys() == found.keys() == base.keys()
-    assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
+    assert expected.keys() == exported.keys() == base.keys()
+    assert all(torch.equal(exported[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
     size = (work / "exports" / "sft_v1" / "model.safetensors").stat().st_size
     parameters = sum(tensor.numel() for tensor in expected.values())
     assert 2 * parameters < size < 2 * parameters + 10_000
