@@ -56,7 +56,7 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(
     plan = memory_plan.choose(config, memory_plan.shapes(config), 1, torch.bfloat16, args, 128, 2**40)
     rng = np.random.default_rng(0)
     batches = [
-        dataloader.concatenate([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(3)
+        dataloader.concatenate([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(2)
     ]
     with memory_plan.LiveBytes([]) as live:
         model = sft_model.load_model(base)

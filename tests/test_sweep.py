@@ -5,21 +5,16 @@ bash tests/run.sh tests/test_sweep.py
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def sweep(*flags):
-    command = [sys.executable, ROOT / "benchmarks" / "sweep.py", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+import sweep
+from helpers import ROOT
 
 
 @pytest.mark.torchrun
 def test_each_rate_is_trained_and_the_lowest_validation_loss_is_named():
-    result = sweep("--quick")
+    command = [sys.executable, ROOT / "benchmarks" / "sweep.py", "--quick"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     runs = ROOT / "benchmarks" / "work" / "sweep" / "runs"
     rows = [line.strip("| ").split(" | ") for line in (runs / "table.md").read_text().splitlines()[2:]]
@@ -31,12 +26,12 @@ def test_each_rate_is_trained_and_the_lowest_validation_loss_is_named():
     assert not list(runs.glob("*/step_*")) and (runs / "learning_rate_1e-3" / "metrics.jsonl").exists()
 
 
-def test_a_folder_in_use_and_missing_data_are_refused(tmp_path):
+def test_a_folder_in_use_and_missing_data_are_refused(tmp_path, monkeypatch):
     (tmp_path / "table.md").write_text("an earlier sweep")
-    result = sweep("--sweep-dir", tmp_path)
-    assert (
-        result.returncode == 1
-        and result.stderr == f"{tmp_path} is not empty. Move it away, or name another --sweep-dir.\n"
-    )
-    result = sweep("--data-dir", tmp_path / "none", "--sweep-dir", tmp_path / "new")
-    assert result.returncode == 1 and "holds no finished data" in result.stderr and "Traceback" not in result.stderr
+    monkeypatch.setattr(sweep, "SWEEP_DIR", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"is not empty\. Move it away, or name another --sweep-dir"):
+        sweep.main({})
+    monkeypatch.setattr(sweep, "SWEEP_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr(sweep, "DATA_DIR", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="none holds no finished data"):
+        sweep.main({})

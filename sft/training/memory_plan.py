@@ -84,27 +84,36 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are alive: `peak` is the most there was at once, without those of `known`.
 
     known: tensors that were there before; what is a view of them costs nothing.
+    Summing over all tensors after each operation would take most of the time, so `bound` is kept instead: the last sum
+    and all growth since. While it is below the peak, so is the sum.
     """
 
     def __init__(self, known):
         super().__init__()
         self.before = WeakIdKeyDictionary((t.untyped_storage(), None) for t in known)
-        self.alive = WeakIdKeyDictionary()
-        self.peak = 0
+        self.alive = WeakIdKeyDictionary()  # storage -> its bytes when last seen: FSDP resizes storages
+        self.bound = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        grown = False
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-                storage = local.untyped_storage()
-                if storage not in self.before and storage not in self.alive:
-                    self.alive[storage] = None
-                    grown = True
-        if grown:  # a view or an operation in place adds nothing
-            self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive))
+                self.see(local.untyped_storage())
+        if self.bound > self.peak:
+            for storage in self.alive:
+                self.alive[storage] = storage.nbytes()
+            self.bound = sum(self.alive.values())
+            self.peak = max(self.peak, self.bound)
         return result
+
+    def see(self, storage):
+        """Add the growth of `storage` since it was last seen to the bound."""
+        if storage not in self.before:
+            growth = storage.nbytes() - self.alive.get(storage, 0)
+            if growth > 0:
+                self.alive[storage] = storage.nbytes()
+                self.bound += growth
 
 
 def activation_bytes(config, dtype, lengths, checkpointing):
