@@ -109,7 +109,7 @@ def spm_tokenizer_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def reader_dir(tmp_path_factory):
-    """A folder with a tiny Llama, float32, that knows the passage of plain_text.py by heart, and its tokenizer."""
+    """A folder with a tiny Llama, float32, that knows the passage of reading_check.py by heart, and its tokenizer."""
     import transformers
 
     backend = Tokenizer(models.BPE(unk_token="<unk>"))

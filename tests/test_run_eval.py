@@ -2,7 +2,7 @@
 
 lm_eval's task definitions load data sets by name; a folder of that name under the current folder is read in place of
 the Hub's. So everything runs offline and nothing of lm_eval is replaced. At each start lm_eval reads its 14,000 task
-definitions, which takes 12 s: most runs here use a copy of it with only the tasks they name.
+definitions, which takes 12 s: the processes here use a copy of it with only the tasks they name.
 
 Alone: bash tests/run.sh tests/test_run_eval.py
 """
@@ -24,6 +24,23 @@ from transformers import AutoTokenizer
 from sft.evaluation import eval_results, model_card, run_eval
 
 SEVEN = ("mmlu", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
+SETTINGS = {  # as run_eval.sh passes them
+    "NAME": "x",
+    "MODEL": "models/base",
+    "RESIZED_MODEL": "models/resized",
+    "DATA_DIR": "data/sft_v1",
+    "TASKS": ",".join(SEVEN),
+    "INCLUDE_PATH": "",
+    "FEWSHOT": "",
+    "LIMIT": "",
+    "CHAT_TEMPLATE": "0",
+    "CHECK_READING": "0",
+    "DEVICE": "cpu",
+    "DTYPE": "bfloat16",
+    "BATCH_SIZE": "auto:2",
+    "SEEDS": "0,1234,1234,1234",
+    "MODEL_ARGS": "",
+}
 
 # ==== Small data for all seven tasks ====
 
@@ -168,22 +185,23 @@ def finished_tasks(folder, name):
 
 
 def interrupt(process, folder, name, tasks, signal_number):
-    """Send a signal to a run that works on its next task, as soon as `tasks` are finished. Returns: what it printed."""
+    """Send a signal to a run as soon as `tasks` are finished and it works on the next. Returns: what it printed."""
     deadline = time.monotonic() + 500
-    while len(finished_tasks(folder, name)) < tasks or not list(folder.glob(f"eval-results/{name}.unfinished/*.log")):
+    while len(finished_tasks(folder, name)) < tasks or not processes_in(folder, "lm_eval"):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
     process.send_signal(signal_number)
     return process.communicate(timeout=20)[0]
 
 
-def processes_in(folder):
-    """Return the command lines of the processes that work in `folder`."""
+def processes_in(folder, name=""):
+    """Return the command lines of the processes that work in `folder` and have `name` in that line."""
     lines = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink() == folder:
-                lines.append((process / "cmdline").read_text())
+                line = (process / "cmdline").read_text()
+                lines += [line] if name in line else []
         except OSError:
             continue  # it ended, or belongs to somebody else
     return lines
@@ -196,31 +214,56 @@ def wait_until_nothing_runs(folder):
         time.sleep(0.05)
 
 
+def by_hand(folder, model, tasks, output):
+    """Measure a model with lm_eval's own command, all `tasks` (names, comma-separated) in one process."""
+    command = f"lm_eval --model hf --model_args pretrained={model},dtype=bfloat16 --tasks {tasks} --device cpu"
+    command += f" --batch_size auto:2 --log_samples --output_path {output}"
+    done = subprocess.run(
+        command.split(), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run_after(folder):
+    """Finish a run `after` that was killed before piqa. lm_eval's own command measured the other tasks, all at once.
+
+    So the report is refused if one of them differs from `before` in its prompts or in how it was measured.
+    """
+    staging = folder / "eval-results/after.unfinished"
+    others = [task for task in SEVEN if task != "piqa"]
+    staging.mkdir()
+    changes = {"NAME": "after", "MODEL": "exports/sft_v1", "STAGING": str(staging)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(run_eval, "check_tasks", lambda tasks, include_path: None)
+        run_eval.main(SETTINGS | changes, "start")
+    by_hand(folder, "exports/sft_v1", ",".join(others), staging / others[0])
+    for task in others[1:]:
+        (staging / task).mkdir()
+    return run_script(folder, "after", DEVICE="cpu")
+
+
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Measure `before` with two interruptions and a task that fails, then `after`, and through the chat template."""
+    """Measure `before` with two interruptions and a task that fails, `after`, and a model through its chat template."""
     outputs = {}
-    quick_first = ",".join(reversed(SEVEN))  # an interruption costs the tasks that it hits
-    first = start_script(folder, "before", TASKS=quick_first)
-    while not processes_in(folder):
-        time.sleep(0.05)
-    while not list(folder.glob("eval-results/before.unfinished/run.json")):  # `first` has the lock, and works
+    quick_first = ",".join(reversed(SEVEN))
+    first = start_script(folder, "before", TASKS=quick_first, DEVICE="cpu")
+    while not list(folder.glob("eval-results/before.unfinished/run.json")):  # once it is there, `first` has the lock
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
     outputs["locked"] = run_script(folder, "before")
     outputs["terminated"] = interrupt(first, folder, "before", 1, signal.SIGTERM)
     wait_until_nothing_runs(folder)
-    outputs["times"] = {task: path.stat().st_mtime_ns for task, path in finished_tasks(folder, "before").items()}
-
-    with_failure = f"sciq,{quick_first}"  # there is no data for sciq here
-    second = start_script(folder, "before", TASKS=with_failure)
-    outputs["killed"] = interrupt(second, folder, "before", len(outputs["times"]) + 1, signal.SIGKILL)
+    second = start_script(folder, "before", TASKS=quick_first, DEVICE="cpu")
+    outputs["killed"] = interrupt(second, folder, "before", 2, signal.SIGKILL)
     wait_until_nothing_runs(folder)
-    outputs["failing"] = run_script(folder, "before", TASKS=with_failure)
+    outputs["times"] = {task: path.stat().st_mtime_ns for task, path in finished_tasks(folder, "before").items()}
+    outputs["failing"] = run_script(folder, "before", TASKS=f"{quick_first},sciq")  # there is no data for sciq here
     outputs["after a failure"] = finished_tasks(folder, "before")
     outputs["before"] = run_script(folder, "before")
 
-    outputs["after"] = run_script(folder, "after", DEVICE="cpu")
+    outputs["after"] = run_after(folder)
     own = {"TASKS": "own,ifeval", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
     own |= {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}
     outputs["own"] = run_script(folder, "own", "exports/long", **own)
@@ -235,9 +278,10 @@ def results_of(folder, name):
 def test_an_interrupted_run_continues_and_repeats_nothing(folder, runs):
     assert "run_eval.sh: stopped; the same command continues." in runs["terminated"]
     status, output = runs["failing"]
-    assert status == 1 and "continuing; finished already: " in output
+    assert status == 1 and len(runs["times"]) == 2
+    assert f"continuing; finished already: {', '.join(sorted(runs['times']))}" in output
     for task, time_written in runs["times"].items():
-        assert f"run_eval.sh: {task} on" not in runs["killed"] + output
+        assert f"run_eval.sh: {task} on" not in output
         assert finished_tasks(folder, "before")[task].stat().st_mtime_ns == time_written  # renamed with its folder
     assert not list(folder.glob("eval-results/*unfinished")) and not list(
         folder.glob("eval-results/before/*unfinished")
@@ -261,10 +305,10 @@ def test_a_failing_task_leaves_the_others(runs):
 def test_several_devices_take_tasks_side_by_side(folder, runs):
     logs = [(folder / f"eval-results/before/device_{number}.log").read_text() for number in range(2)]
     assert all("Running loglikelihood requests" in log for log in logs)
-    lines = [line for line in runs["terminated"].splitlines() if line.startswith("run_eval.sh: ")]
+    lines = [line for line in runs["failing"][1].splitlines() if line.startswith("run_eval.sh: ")]
     lines = [line for line in lines if " on cpu" in line or line.endswith(" s")]
     # The second began before the first was done, in the order of TASKS.
-    assert {line.split()[1] for line in lines[:2]} == set(SEVEN[-2:])
+    assert {line.split()[1] for line in lines[:2]} == set(SEVEN[3:5])
     assert all(" on cpu, log in eval-results/before.unfinished/device_" in line for line in lines[:2])
 
 
@@ -272,9 +316,8 @@ def test_seven_tasks_before_and_after(folder, runs):
     for name, model in (("before", "models/base"), ("after", "exports/sft_v1")):
         status, output = runs[name]
         assert status == 0, output[-3000:]
-        results = results_of(folder, name)
-        assert set(results) == set(SEVEN)
-        for one in results.values():
+        assert set(SEVEN) <= set(eval_results.read_run(folder / "eval-results" / name)["results"])
+        for one in results_of(folder, name).values():
             assert one["config"]["model_args"] == {"pretrained": model, "dtype": "bfloat16"}
             assert one["config"]["batch_size"] == "auto:2" and one["config"]["limit"] is None
         assert len(list((folder / "eval-results" / name).glob("*/*/samples_*.jsonl"))) == 6 + 57
@@ -284,7 +327,9 @@ def test_seven_tasks_before_and_after(folder, runs):
         assert set(record["versions"]) >= {"lm_eval", "torch", "transformers", "tokenizers", "datasets"}
         assert len(record["files_sha256"]["model.safetensors"]) == 64
         assert "plain text: " in output and "CANNOT READ" in output
+    assert set(results_of(folder, "before")) == set(SEVEN)  # a folder each
     assert "Running loglikelihood requests" in runs["after"][1]  # of a single device, to the terminal
+    assert "run_eval.sh: mmlu on" not in runs["after"][1]
 
 
 def test_the_report_and_the_model_card_follow(folder, runs):
@@ -307,17 +352,20 @@ def test_the_report_and_the_model_card_follow(folder, runs):
     assert "## Before and after" in card and "| MMLU (overall) " in card
 
 
-def test_compare_writes_report_and_card_again_with_other_seeds(folder, runs):
+def test_compare_writes_report_and_card_again_with_other_seeds(folder, runs, monkeypatch):
     shutil.copytree(folder / "eval-results/after", folder / "eval-results/seed43")
     (folder / "exports/sft_v1/README.md").unlink()
     status, output = run_script(folder, "compare", "seed43")
     assert status == 0 and "## Other seeds" in output and "exports/sft_v1/README.md is up to date" in output
     assert "## Other seeds" in (folder / "eval-results/comparison.md").read_text()
     assert "### Other seeds" in (folder / "exports/sft_v1/README.md").read_text()
-    status, output = run_script(folder, "compare")
-    assert status == 0 and "## Other seeds" not in (folder / "eval-results/comparison.md").read_text()
-    status, output = run_script(folder, "compare", "nowhere")
-    assert status == 1 and "There is no folder eval-results/nowhere" in output
+    monkeypatch.chdir(folder)
+    args = {"EVAL_RESULTS": "eval-results", "EXPORT_DIR": "models/base"}  # that is no export
+    with pytest.raises(SystemExit, match="There is no folder eval-results/nowhere"):
+        run_eval.main(args, "compare", "nowhere")
+    run_eval.main(args, "compare")
+    assert "## Other seeds" not in (folder / "eval-results/comparison.md").read_text()
+    assert not (folder / "models/base/README.md").exists()
 
 
 def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_settings(folder, runs):
@@ -338,39 +386,15 @@ def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_setting
 
 
 def test_scores_are_those_of_lm_evals_own_command(folder, runs):
-    words = (
-        "--model hf --model_args pretrained=models/base,dtype=bfloat16 --tasks piqa --device cpu --batch_size auto:2"
-    )
-    command = [Path(sys.executable).with_name("lm_eval"), *words.split(), "--log_samples", "--output_path", "by_hand"]
-    subprocess.run(
-        command, cwd=folder, env=environment(folder, PYTHONPATH=""), check=True, capture_output=True, timeout=200
-    )
-    by_hand = eval_results.read_run(folder / "by_hand")
+    by_hand(folder, "models/base", "piqa", "by_hand")
+    own = eval_results.read_run(folder / "by_hand")
     before = eval_results.read_run(folder / "eval-results/before")
-    assert by_hand["results"]["piqa"] == before["results"]["piqa"]
-    assert by_hand["task_hashes"]["piqa"] == before["task_hashes"]["piqa"]
-    assert eval_results.conditions(by_hand) == eval_results.conditions(before)
+    assert own["results"]["piqa"] == before["results"]["piqa"]
+    assert own["task_hashes"]["piqa"] == before["task_hashes"]["piqa"]
+    assert eval_results.conditions(own) == eval_results.conditions(before)
 
 
 # ==== What `start` refuses ====
-
-SETTINGS = {  # that run_eval.sh would set, in a small form
-    "NAME": "x",
-    "MODEL": "models/base",
-    "RESIZED_MODEL": "models/resized",
-    "DATA_DIR": "data/sft_v1",
-    "TASKS": "piqa,winogrande",
-    "INCLUDE_PATH": "",
-    "FEWSHOT": "",
-    "LIMIT": "",
-    "CHAT_TEMPLATE": "0",
-    "CHECK_READING": "0",
-    "DEVICE": "cpu",
-    "DTYPE": "bfloat16",
-    "BATCH_SIZE": "1",
-    "SEEDS": "0,1,2,3",
-    "MODEL_ARGS": "",
-}
 
 
 @pytest.fixture
@@ -380,7 +404,7 @@ def start(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(run_eval, "check_tasks", lambda tasks, include_path: None)  # takes 12 s; it has its own test
 
     def run(**changes):
-        args = SETTINGS | {"EVAL_RESULTS": str(tmp_path)} | changes
+        args = SETTINGS | {"TASKS": "piqa,winogrande"} | changes
         staging = tmp_path / f"{args['NAME']}.unfinished"
         staging.mkdir(exist_ok=True)
         run_eval.main(args | {"STAGING": str(staging)}, "start")
