@@ -108,6 +108,7 @@ exec 9< "$STAGING"
 flock --nonblock 9 || refuse "$STAGING is in use by another run. Wait for it, or choose another name."
 trap 'rmdir "$STAGING" 2> /dev/null || true' EXIT   # it is still empty if `start` refused
 python_part start
-run_attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --max-procs="$(wc -l < "$STAGING/devices")" \
-    --process-slot-var=SLOT setpriv --pdeathsig KILL bash -c 'measure "$1"' measure || true   # `finish` names failures
+run_attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --process-slot-var=SLOT \
+    --max-procs="$(wc -l < "$STAGING/devices")" \
+    setpriv --pdeathsig KILL bash -c 'measure "$1"' measure || true   # `finish` names failures
 python_part finish

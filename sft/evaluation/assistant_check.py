@@ -164,8 +164,8 @@ def measure(folder, rows, prompts, tokenizer, text, args):
     plain = text_losses(model, tokenizer, text)
     if not all(map(math.isfinite, held_out + plain[0])):
         raise SystemExit(
-            f"{folder}: a loss is not finite; its weights or its dtype are broken. Try DTYPE = float32; if that doesn't "
-            "help, run the script again that wrote the folder."
+            f"{folder}: a loss is not finite; its weights or its dtype are broken. Try DTYPE = float32; if that "
+            "fails too, run the script again that wrote the folder."
         )
     answered = answers(model, tokenizer, prompts, args["MAX_NEW_TOKENS"], args["BATCH_SIZE"])
     think, unthink = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
