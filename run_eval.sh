@@ -39,12 +39,13 @@ MODEL_ARGS=${MODEL_ARGS:-}          # further lm_eval model arguments, such as m
 refuse() { echo "run_eval.sh: $*" >&2; exit 1; }
 
 # Run a command that ends when this script does, however that ends, and wait for it.
-attended() { setpriv --pdeathsig KILL "$@" 9>&- & wait $!; }
+# 9>&-: the child must not inherit the lock, or it would hold the folder after this script's death.
+run_attended() { setpriv --pdeathsig KILL "$@" 9>&- & wait $!; }
 
 # What happens before and after lm_eval: sft/evaluation/run_eval.py. $1: start | finish | compare
-suite() {
+python_part() {
     PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
-        attended "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$@"
+        run_attended "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$@"
 }
 
 # Measure the task $1 on the device $2. The task's folder gets its name when all results are written.
@@ -98,7 +99,7 @@ export ASSISTANT_FLAGS CHECK_READING DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS NA
 export -f evaluate measure
 trap 'refuse "stopped; the same command continues."' INT TERM
 if [ "$1" = compare ]; then
-    suite "$@"
+    python_part "$@"
     exit
 fi
 
@@ -106,7 +107,8 @@ mkdir -p "$STAGING"
 exec 9< "$STAGING"
 flock --nonblock 9 || refuse "$STAGING is in use by another run. Wait for it, or choose another name."
 trap 'rmdir "$STAGING" 2> /dev/null || true' EXIT   # it is still empty if `start` refused
-suite start
-attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --max-procs="$(wc -l < "$STAGING/devices")" \
-    --process-slot-var=SLOT setpriv --pdeathsig KILL bash -c 'measure "$1"' measure || true   # `finish` names failures
-suite finish
+python_part start
+run_attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --process-slot-var=SLOT \
+    --max-procs="$(wc -l < "$STAGING/devices")" \
+    setpriv --pdeathsig KILL bash -c 'measure "$1"' measure || true   # `finish` names failures
+python_part finish

@@ -12,7 +12,8 @@ Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, m
     torchrun --max-restarts 3 ...               continues by itself after a rank was killed
 
     torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft_v1.py
-                                                on each of two machines: sharded inside each, replicated across
+                                                on each of two machines: sharded inside each, replicated across; for
+                                                --max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on both
 
 torchrun waits 30 seconds after a signal before it kills; a run whose step and checkpoint take longer needs its flag
 `--shutdown-timeout 120`. A STOP file has no such limit.
@@ -50,7 +51,7 @@ RESUME = "latest"  # "latest" whole checkpoint in CHECKPOINT_DIR if there is one
 # ---- Optimisation: the Genesis recipe ----
 SEQUENCES_PER_STEP = 32  # sequences; the batch size: the recipe's 2 per GPU x 8 gradient accumulation x 2 GPUs
 EPOCHS = 1  # passes over the training split; 510,577 sequences are 15,955 steps
-MAX_STEPS = 0  # optimizer steps; 0 = all of EPOCHS. The schedule ends here, too
+MAX_STEPS = 0  # optimizer steps; 0 = all of EPOCHS. The schedule ends there too
 LEARNING_RATE = 2e-5  # peak, after the warm-up
 MIN_LEARNING_RATE = 2e-6  # end of the cosine
 WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear
@@ -70,9 +71,9 @@ DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
 PROMPTS = ("Who are you?", "What is 17 + 25?", "Name three fruits.")  # answered at each validation; "" = none
-SAVE_EVERY = 500  # optimizer steps between checkpoints, and to the next try after a failed one; also after the last
-KEEP_CHECKPOINTS = 3  # latest ones kept; one of Genesis has 12 GB
-COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds after which a rank that died or hangs ends the others; above one micro-batch
+SAVE_EVERY = 500  # optimizer steps between checkpoints; a failed save is retried then. The last step is always saved
+KEEP_CHECKPOINTS = 3  # latest ones kept; one of Genesis takes 11.2 GiB
+COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds a rank may be dead or silent before the others exit; above one micro-batch
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
 # ---- Planning without a run ----
 PLAN_ONLY = False  # print the plan for PLAN_RANKS GPUs of PLAN_GIB each and stop; needs only config.json and the data
@@ -91,10 +92,25 @@ CHOICES = {
     "COMPUTE_DTYPE": ("bfloat16", "float32"),
     "DEVICE": ("auto", "cuda", "cpu"),
 }
-AT_LEAST_0 = ("MAX_STEPS", "MIN_LEARNING_RATE", "WARMUP_STEPS", "WEIGHT_DECAY", "SEED", "TOKENS_PER_MICRO_BATCH")
-AT_LEAST_0 += ("RESERVED_GIB", "VALIDATE_EVERY")
-AT_LEAST_1 = ("SEQUENCES_PER_STEP", "EPOCHS", "SAVE_EVERY", "KEEP_CHECKPOINTS", "COLLECTIVE_TIMEOUT_SECONDS")
-AT_LEAST_1 += ("EXPECTED_TOKENS_PER_SECOND", "PLAN_RANKS")
+AT_LEAST_0 = (
+    "MAX_STEPS",
+    "MIN_LEARNING_RATE",
+    "WARMUP_STEPS",
+    "WEIGHT_DECAY",
+    "SEED",
+    "TOKENS_PER_MICRO_BATCH",
+    "RESERVED_GIB",
+    "VALIDATE_EVERY",
+)
+AT_LEAST_1 = (
+    "SEQUENCES_PER_STEP",
+    "EPOCHS",
+    "SAVE_EVERY",
+    "KEEP_CHECKPOINTS",
+    "COLLECTIVE_TIMEOUT_SECONDS",
+    "EXPECTED_TOKENS_PER_SECOND",
+    "PLAN_RANKS",
+)
 ABOVE_0 = ("LEARNING_RATE", "ADAM_BETA1", "ADAM_BETA2", "MAX_GRAD_NORM", "PLAN_GIB")
 BELOW_1 = ("ADAM_BETA1", "ADAM_BETA2")
 
@@ -214,7 +230,7 @@ def check_inputs(data_dir, resized_model):
 
 
 def check_folder(folder, state):
-    """Refuse a folder that holds something else, or a run of other data, tokenizer, base, seed or step size."""
+    """Exit unless `folder` is empty or holds this run: the same data, tokenizer, base, seed and step size."""
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -222,12 +238,12 @@ def check_folder(folder, state):
         if (folder / system.LOCK).is_file():
             return  # a run that was killed before it had written anything
         raise SystemExit(f"{folder} is not empty and holds no run of sft_v1.py. Name another --checkpoint-dir.")
-    run = system.read_json(folder / "run.json", "sft_v1.py")
-    fingerprints, settings = run.get("fingerprints"), run.get("settings")
-    then = dict(fingerprints) if isinstance(fingerprints, dict) else {}
+    stored = system.read_json(folder / "run.json", "sft_v1.py")
+    stored_fingerprints, stored_settings = stored.get("fingerprints"), stored.get("settings")
+    then = dict(stored_fingerprints) if isinstance(stored_fingerprints, dict) else {}
     now = dict(state.fingerprints)
     for name in ("SEED", "SEQUENCES_PER_STEP"):
-        then[name] = settings.get(name) if isinstance(settings, dict) else None
+        then[name] = stored_settings.get(name) if isinstance(stored_settings, dict) else None
         now[name] = state.settings[name]
     different = system.differences(then, now)
     if different:
@@ -240,7 +256,11 @@ def check_folder(folder, state):
 def check_lengths(lengths, split, need, config, budget):
     """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
     if len(lengths) < need:
-        raise SystemExit(f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed.")
+        remedy = "lower SEQUENCES_PER_STEP" if split == "training" else "set VALIDATE_EVERY to 0"
+        raise SystemExit(
+            f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed. Prepare more data with "
+            f"prepare_data.py, or {remedy}."
+        )
     longest = int(lengths.max(initial=0))
     if 0 < budget < longest:
         raise SystemExit(
@@ -278,8 +298,9 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
     stored = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
     if stored["fingerprints"] != fingerprints:
         raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --checkpoint-dir.")
-    if checkpoint.name != checkpoints.checkpoint_name(stored["step"]):
-        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Give it back its name.")
+    right_name = checkpoints.checkpoint_name(stored["step"])
+    if checkpoint.name != right_name:
+        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
     entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     missing = [name for name in tensors if name not in entries]
     if missing:
@@ -290,23 +311,32 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
         )
     for name, tensor in tensors.items():
         if entries[name].size != tensor.shape:
-            raise SystemExit(f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}.")
+            raise SystemExit(
+                f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
+                "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
+            )
     dcp.load(tensors, checkpoint_id=str(checkpoint))
     check_moments(checkpoint, tensors, stored["updates"])
     return stored
 
 
 def check_moments(checkpoint, tensors, updates):
-    """Refuse moments of another number of updates than the weights, and moments that are all zero."""
+    """Exit unless the moments come from the same update as the weights, and are not all zero."""
     counts = {float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer.step.")}
     if counts != {float(updates)}:
-        raise SystemExit(f"{checkpoint}: moments of {sorted(counts)} updates next to weights of {updates}.")
+        moment_updates = ", ".join(f"{count:g}" for count in sorted(counts))
+        raise SystemExit(
+            f"{checkpoint}: the optimizer's moments are from update {moment_updates}, the weights from update "
+            f"{updates}; choose another checkpoint."
+        )
     for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
         parts = [tensor for name, tensor in tensors.items() if name.startswith(moment)]
         local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
         moved = any(bool(part.any()) for part in local)
         if updates and not any(distributed.on_every_rank(moved)):
-            raise SystemExit(f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another.")
+            raise SystemExit(
+                f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another checkpoint."
+            )
 
 
 def changed_settings(stored, state):
@@ -514,6 +544,9 @@ def announce(args, state, lines, parameters, changed):
     system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
+    limit = system.read_json(Path(args["DATA_DIR"]) / "report.json", "prepare_data.py").get("limit")
+    if limit:
+        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
     print(lines)
     if state.step:
         print(f"continue   {folder}/{checkpoints.checkpoint_name(state.step)}, {state.step:,} steps done")
@@ -524,23 +557,32 @@ def announce(args, state, lines, parameters, changed):
     sys.stdout.flush()
 
 
-def run(args, device, mesh, locks):
-    """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
-    distributed.heartbeat("loading", patient=True)
-    world_size, folder = dist.get_world_size(), args["CHECKPOINT_DIR"]
-    state = initial_state(args, world_size)
+def open_run(args, locks):
+    """Return the State of a run from the base; all ranks have the same inputs and see its folder, locked by rank 0."""
+    state = initial_state(args, dist.get_world_size())
     versions = {name: state.versions[name] for name in ("torch", "code")}
     distributed.check_same(args | state.fingerprints | versions)
     distributed.on_rank0(lambda: claim(args, state, locks))
-    distributed.check_shared(folder, system.LOCK)
+    distributed.check_shared(args["CHECKPOINT_DIR"], system.LOCK)
+    return state
 
-    data, config, lengths = load_inputs(args)
-    sizes = memory_plan.shapes(config)
+
+def plan_run(args, config, sizes, lengths, device, mesh):
+    """Return rank 0's memory_plan.plan_run for this machine, on every rank."""
+    world_size = dist.get_world_size()
     topology = memory_plan.Topology(world_size, world_size // mesh.size(-1), device.type)
     limit = hardware.memory(device) - args["RESERVED_GIB"] * memory_plan.GIB
-    plan, survey, state.total_steps, lines = distributed.on_rank0(
-        lambda: memory_plan.plan_run(args, config, sizes, lengths, topology, limit)
-    )
+    return distributed.on_rank0(lambda: memory_plan.plan_run(args, config, sizes, lengths, topology, limit))
+
+
+def run(args, device, mesh, locks):
+    """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
+    distributed.heartbeat("loading", patient=True)
+    folder = args["CHECKPOINT_DIR"]
+    state = open_run(args, locks)
+    data, config, lengths = load_inputs(args)
+    sizes = memory_plan.shapes(config)
+    plan, survey, state.total_steps, lines = plan_run(args, config, sizes, lengths, device, mesh)
     state.plan = asdict(plan)
 
     model, optimizer = build(args, mesh, plan)
@@ -556,7 +598,7 @@ def run(args, device, mesh, locks):
     loader = dataloader.PackedLoader(data["train"], sizes, plan.tokens, device)
     largest = dataloader.concatenate(list(loader.rows(survey.largest).values())).to(device)
     rehearse(model, optimizer, largest, plan.communicate)
-    peak = world_size * hardware.peak_flops(device, getattr(torch, args["COMPUTE_DTYPE"]))
+    peak = dist.get_world_size() * hardware.peak_flops(device, getattr(torch, args["COMPUTE_DTYPE"]))
     log = training_log.Log(folder, state.step, state.total_steps, device, peak)
     validator = None
     if args["VALIDATE_EVERY"]:
@@ -565,7 +607,7 @@ def run(args, device, mesh, locks):
     stop = distributed.Stop(folder)
     if train(model, optimizer, loader, validator, args, state, log, stop):
         stop.clear()
-        log.say(f"Stopped after step {state.step}, as asked. To continue, in {Path.cwd()}:")
+        log.say(f"Stopped after step {state.step}, as requested. To continue, in {Path.cwd()}:")
         log.say(distributed.resume_command())
     log.close()
 

@@ -201,7 +201,7 @@ def write_inputs(folder, shape, lengths):
 
 
 def flags(chosen):
-    """Return the list of arguments that a dict of flags stands for."""
+    """Return the list of arguments for a dict of flags."""
     return [str(part) for pair in chosen.items() for part in pair]
 
 
@@ -214,7 +214,7 @@ def trainer_arguments(data, base, output, steps, **chosen):
 
 
 def steps_of(output):
-    """Return the lines of a run's metrics.jsonl that stand for steps."""
+    """Return the lines of a run's metrics.jsonl that describe optimizer steps."""
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "step_seconds" in line]
 

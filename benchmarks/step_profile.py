@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --quick && python benchmarks/step_profile.py      one core, about two minutes
 
-SmolLM2-135M in bfloat16 on one thread, real conversations of benchmarks/work/train laid end to end up to TOKENS, after
+SmolLM2-135M in bfloat16 on one thread, real conversations of benchmarks/work/train concatenated up to TOKENS, after
 WARM micro-batches, in which the process gets its memory. Prints torch.profiler's table; the shares of the linear
 layers' matmuls, of attention and of all else; the rates of matmuls, of attention, and of torch's own attention kernel
 on the same documents. machine_share of train.py counts every operation at the rate of matmuls.

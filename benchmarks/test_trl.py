@@ -44,7 +44,7 @@ def test_sft_trainer_trains_on_our_folder_on_exactly_our_tokens(prepared, tmp_pa
     assert rows.features["input_ids"].feature.dtype == "uint16"
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     steps = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 1}
-    # TRL refuses assistant_only_loss on a tokenised dataset: there it applies assistant_masks without being asked.
+    # TRL refuses assistant_only_loss on a tokenised dataset: there it applies assistant_masks by default.
     config = peer_trl.trl_config(tmp_path, save_strategy="no", disable_tqdm=True, **steps)
     model = peer_trl.tiny_model(tokenizer)
     before = model.model.embed_tokens.weight.detach().clone()

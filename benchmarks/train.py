@@ -153,13 +153,13 @@ def matmuls(config, lengths, trained, rows):
 BARRIER = None  # where the processes of a measurement wait for each other
 
 
-def meet(barrier):
+def wait_at(barrier):
     global BARRIER
     BARRIER = barrier
 
 
 def seconds_of(shapes, threads, seconds):
-    """Return {shape: seconds of one bfloat16 matmul}; runs in a process of its own, beside the other ranks'."""
+    """Return {shape: seconds of one bfloat16 matmul}; runs in its own process, at the same time as the other ranks."""
     import torch
 
     torch.set_num_threads(threads)
@@ -181,7 +181,9 @@ def machine_rate(work, ranks, threads, seconds):
     """Return the FLOP/s of `ranks` processes that share the matmuls of `work` and do nothing else."""
     shapes = sorted({shape for _, shape in work})
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(ranks, mp_context=context, initializer=meet, initargs=(context.Barrier(ranks),)) as pool:
+    with ProcessPoolExecutor(
+        ranks, mp_context=context, initializer=wait_at, initargs=(context.Barrier(ranks),)
+    ) as pool:
         measured = [pool.submit(seconds_of, shapes, threads, seconds) for _ in range(ranks)]
         measured = [future.result() for future in measured]
 

@@ -430,9 +430,11 @@ def test_an_unfinished_run_continues_only_with_the_same_settings(start):
     (staging / "winogrande.unfinished").mkdir()  # as a kill leaves it
     start()
     assert (staging / "todo").read_text() == "winogrande\n"
-    with pytest.raises(SystemExit, match="was started in another way: LIMIT:  there, 1 now"):
+    with pytest.raises(SystemExit, match="was started with other settings: LIMIT:  there, 1 now"):
         start(LIMIT="1")
-    with pytest.raises(SystemExit, match="was started in another way: model: models/base there, models/resized now"):
+    with pytest.raises(
+        SystemExit, match="was started with other settings: model: models/base there, models/resized now"
+    ):
         start(MODEL="models/resized")
     with pytest.raises(SystemExit, match="holds finished tasks that TASKS does not name: piqa"):
         start(TASKS="winogrande")
@@ -474,7 +476,7 @@ def test_a_model_folder_must_be_whole(folder, start):
 
 
 def test_a_full_disk_is_seen_at_once(start, monkeypatch):
-    monkeypatch.setattr(run_eval, "ROOM", 2**70)
+    monkeypatch.setattr(run_eval, "FREE_BYTES_NEEDED", 2**70)
     with pytest.raises(SystemExit, match="less than 1 GiB free"):
         start()
 

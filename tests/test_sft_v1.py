@@ -355,7 +355,7 @@ def test_a_checkpoint_without_optimizer_state_is_refused(tampered):
 
 @pytest.mark.torchrun
 def test_moments_of_other_updates_are_refused(tampered):
-    with pytest.raises(SystemExit, match=r"moments of \[20.0\] updates next to weights of 19"):
+    with pytest.raises(SystemExit, match=r"moments are from update 20, the weights from update 19"):
         tampered(updates=19)
 
 
@@ -450,6 +450,20 @@ def test_what_does_not_belong_together_is_refused(runs, tmp_path):
     (data / "report.json").write_text("{")
     with pytest.raises(SystemExit, match="not readable JSON"):
         sft_v1.check_inputs(data, base)
+
+
+def test_a_run_on_a_quick_look_at_the_data_warns(tmp_path, capsys):
+    data, checkpoint_dir = write_data(tmp_path / "data"), tmp_path / "run"
+    checkpoint_dir.mkdir()
+    args = {"DATA_DIR": str(data), "CHECKPOINT_DIR": str(checkpoint_dir)}
+    state = sft_v1.State(settings={}, fingerprints={}, versions={}, world_size=1)
+    sft_v1.announce(args, state, "the plan", 0, [])
+    assert "WARNING" not in capsys.readouterr().out
+    report = json.loads((data / "report.json").read_text())
+    (data / "report.json").write_text(json.dumps(report | {"limit": 1000}))
+    sft_v1.announce(args, state, "the plan", 0, [])
+    warning = "WARNING: the data was prepared with --limit 1000. Don't take this run for the real one."
+    assert warning in capsys.readouterr().out.splitlines()
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):

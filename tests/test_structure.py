@@ -1,4 +1,4 @@
-"""The house: what stands at the root, which file imports which, how long a function may be, one word for one thing.
+"""The house: what stands at the root, which file imports which, how long a function may be.
 
 Alone: bash tests/run.sh tests/test_structure.py
 """

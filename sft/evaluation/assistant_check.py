@@ -41,7 +41,7 @@ BATCH_SIZE = 16  # answers generated at a time; losses are computed one sequence
 
 # ==== Reading the folders ====
 
-PIECE = 10  # tokens of plain text that count as one item: their losses are not independent of each other
+TOKENS_PER_ITEM = 10  # tokens of plain text that count as one item: their losses are not independent of each other
 
 
 def other_tokenizer(data_tokenizer, resized_model, export_dir):
@@ -115,13 +115,13 @@ def conversation_losses(model, rows):
 
 
 def text_losses(model, tokenizer, text):
-    """Return (mean loss of each piece of PIECE tokens, their lengths); the text is cut into the model's contexts."""
+    """Return (mean loss of each piece of TOKENS_PER_ITEM tokens, their lengths); text is cut at the model's context."""
     ids = torch.tensor(tokenizer(text).input_ids)
     context = getattr(model.config, "max_position_embeddings", None) or len(ids)
     pieces = []
     for part in ids.split(context):
         if len(part) > 1:
-            pieces += losses(model, part, torch.ones(len(part), dtype=torch.bool)).split(PIECE)
+            pieces += losses(model, part, torch.ones(len(part), dtype=torch.bool)).split(TOKENS_PER_ITEM)
     return [piece.mean().item() for piece in pieces], [len(piece) for piece in pieces]
 
 
@@ -163,7 +163,10 @@ def measure(folder, rows, prompts, tokenizer, text, args):
     held_out = conversation_losses(model, rows)
     plain = text_losses(model, tokenizer, text)
     if not all(map(math.isfinite, held_out + plain[0])):
-        raise SystemExit(f"{folder}: a loss is not finite; its weights or its dtype are broken.")
+        raise SystemExit(
+            f"{folder}: a loss is not finite; its weights or its dtype are broken. Try DTYPE = float32; if that "
+            "fails too, run the script again that wrote the folder."
+        )
     answered = answers(model, tokenizer, prompts, args["MAX_NEW_TOKENS"], args["BATCH_SIZE"])
     think, unthink = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
 
@@ -217,7 +220,7 @@ def notes(args, before, after, rows, tokenizer, passage):
     return [
         f"before is `{args['RESIZED_MODEL']}`, after is `{args['EXPORT_DIR']}`, {args['DTYPE']}. Losses are in nats "
         f"per token; the items are conversations of the validation split of `{args['DATA_DIR']}`, and pieces of "
-        f"{PIECE} tokens of {passage.name}.",
+        f"{TOKENS_PER_ITEM} tokens of {passage.name}.",
         f"{len(before['answers'])} first questions were answered, greedily, in at most {args['MAX_NEW_TOKENS']} "
         f"tokens. <think> or its end is in {sum(before['marked'])} answers before, {sum(after['marked'])} after, and "
         f"<think> in {in_data} of {len(rows)} held-out conversations.",

@@ -86,9 +86,9 @@ def paired_difference(first, second, weights):
     """Compare two equally long lists of at least two numbers, one pair per question; right/wrong scores are 0 and 1.
 
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
-    downs (how many numbers rose and fell).
+    downs (how many numbers rose and fell). The sign test of right/wrong scores counts questions and ignores `weights`.
     """
-    from scipy.stats import binomtest, t  # takes half a second; what is refused, is refused before
+    from scipy.stats import binomtest, t  # takes half a second; imported only after the checks
 
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups = sum(gap > 0 for gap in gaps)

@@ -1,4 +1,4 @@
-"""Read what an evaluation wrote, and refuse a pair of runs that were measured differently.
+"""Read what an evaluation wrote, and check that two runs are comparable.
 
 A run is a folder written by `run_eval.sh`: lm_eval's results JSON and logged samples, all in one folder or a folder for
 each task, and `run.json`. compare_evals.py uses it.
@@ -77,7 +77,9 @@ def read_parts(folder):
         part = read_json(file, RESULTS)
         missing = [key for key in ALWAYS_THERE if key not in part]
         if missing:
-            raise SystemExit(f"{file} is not a results file of lm_eval 0.4: it has no {', '.join(missing)}.")
+            raise SystemExit(
+                f"{file} is not a results file of lm_eval 0.4: it has no {', '.join(missing)}. Run run_eval.sh again."
+            )
         parts[file] = part
     return parts
 
@@ -101,7 +103,7 @@ def read_run(folder):
             other = run["file_of"].setdefault(task, file)
             if run["results"].get(task, entry) != entry:
                 raise SystemExit(f"{folder} holds two results of {task}: {other} and {file}. Move one of them away.")
-        different = differences(conditions(first), conditions(part), "there", "here")
+        different = shared_differences(conditions(first), conditions(part), "there", "here")
         if different:
             raise SystemExit(
                 f"{first_file} and {file} are parts of one run that were measured differently: "
@@ -133,16 +135,21 @@ def read_samples(run, task):
                 # lm_eval takes the first choice for a model that answers NaN, and calls it right or wrong.
                 broken = any(answer[0] == "nan" for answer in sample["filtered_resps"] if isinstance(answer, list))
             except (ValueError, LookupError, TypeError, RecursionError):
-                raise SystemExit(f"{path}, line {number}, is not a logged question of lm_eval.") from None
+                raise SystemExit(
+                    f"{path}, line {number}, is not a logged question of lm_eval. Run run_eval.sh again."
+                ) from None
             if broken:
-                raise SystemExit(f"{path}, line {number}: the model answered NaN; its weights or its dtype are broken.")
+                raise SystemExit(
+                    f"{path}, line {number}: the model answered NaN; its weights or its dtype are broken. Check the "
+                    "model, then measure it again; DTYPE=float32 shows whether the dtype is the cause."
+                )
     return samples
 
 
 # ==== Were the two runs measured in the same way? ====
 
 
-def differences(first, second, first_label, second_label):
+def shared_differences(first, second, first_label, second_label):
     """Return the phrases of `system.differences` for the names that both dicts have."""
     names = [name for name in first if name in second]
     return system.differences(
@@ -202,7 +209,7 @@ def check_comparable(before, after):
     Returns: list of sentences: what differs and may move scores a little, and what looks wrong with a run.
     Raises: SystemExit listing the differences that make the scores incomparable.
     """
-    different = differences(must_match(before), must_match(after), "before", "after")
+    different = shared_differences(must_match(before), must_match(after), "before", "after")
     if different:
         lines = different[:SHOWN_DIFFERENCES]
         if len(different) > SHOWN_DIFFERENCES:
@@ -268,7 +275,10 @@ def pair_questions(before, after, tasks, filter_name, cache):
             cache[task] = read_samples(before, task), read_samples(after, task)
         first, second = ({doc: s for (name, doc), s in side.items() if name == filter_name} for side in cache[task])
         if set(first) != set(second):
-            raise SystemExit(f"The logged questions of {task} differ between the runs; a file was cut or edited.")
+            raise SystemExit(
+                f"The logged questions of {task} differ between the runs; a file was cut or edited. Run run_eval.sh "
+                "again."
+            )
         for doc in sorted(first):
             pairs.append((task, first[doc], second[doc]))
     return pairs

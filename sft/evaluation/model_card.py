@@ -180,10 +180,11 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
-def write(folder, eval_results):
+def write(folder, eval_results=None):
     """Write README.md, and the pictures it shows, into the export `folder`.
 
-    It reads training.json there, and the evaluation in the folder `eval_results` if that measured these weights.
+    It reads training.json there, and the evaluation in the folder `eval_results` (None: there is none yet) if that
+    measured these weights.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
@@ -201,7 +202,7 @@ def write(folder, eval_results):
         f"{training['parameters']:,} parameters, {training['dtype']}; from `{state['settings']['RESIZED_MODEL']}`, "
         f"checkpoint `{training['checkpoint']}` ({state['updates']:,} optimizer steps).",
         "",
-        *evaluation_section(folder, eval_results),
+        *(evaluation_section(folder, eval_results) if eval_results else []),
         *data_section(training["data"]),
         *recipe_section(training),
     ]

@@ -5,7 +5,7 @@ Reads   a Hugging Face model folder, and plain_text.txt in this file's folder. W
     python -m sft.evaluation.reading_check --model-dir models/base    one line; exits with 1 if the model cannot read
 
 A wrong rotary layout, a swapped matrix or another tokenizer gives a model that loads, runs and knows nothing; its
-benchmarks then sit at chance and nobody notices. import_base.py, run_eval.sh and export_hf.py run this check first.
+benchmarks then sit at chance and nobody notices. import_base.py, run_eval.sh and export_hf.py run this check.
 """
 
 import math

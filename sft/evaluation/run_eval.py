@@ -24,8 +24,8 @@ from sft.evaluation import compare_evals, model_card
 
 # ==== Constants ====
 
-ROOM = 2**30  # bytes; the logged questions of the seven tasks need less
-FORMS = {
+FREE_BYTES_NEEDED = 2**30  # bytes; the logged questions of the seven tasks need less
+SETTING_PATTERNS = {
     "LIMIT": r"(\d+|0?\.\d+)?",
     "FEWSHOT": r"\d*",
     "SEEDS": r"\d+(,\d+){3}",
@@ -47,8 +47,8 @@ def refuse(sentence):
 
 def check_settings(args):
     """Exit unless each setting in `args` has a legal form."""
-    for setting, form in FORMS.items():
-        if not re.fullmatch(form, args[setting]):
+    for setting, pattern in SETTING_PATTERNS.items():
+        if not re.fullmatch(pattern, args[setting]):
             refuse(f"{setting}={args[setting]} is not valid; see the comment next to {setting} in run_eval.sh.")
     if args["INCLUDE_PATH"] and not Path(args["INCLUDE_PATH"]).is_dir():
         refuse(f"no folder {args['INCLUDE_PATH']} (INCLUDE_PATH).")
@@ -186,8 +186,8 @@ def check_resume(staging, record, finished):
     different = system.differences(must_stay(earlier), must_stay(record), "there", "now")
     if different:
         refuse(
-            f"{staging} was started in another way: {'; '.join(different)}. Use the same again, or remove that folder "
-            "to start over."
+            f"{staging} was started with other settings: {'; '.join(different)}. Use the same settings, or remove "
+            "that folder to start over."
         )
     unnamed = sorted(set(finished) - set(record["tasks"]))
     if unnamed:
@@ -195,8 +195,11 @@ def check_resume(staging, record, finished):
     print(f"run_eval.sh: continuing; finished already: {', '.join(finished)}", flush=True)
 
 
-def start(args):
-    """Exit with a sentence if something is wrong; otherwise write run.json and the lists for run_eval.sh."""
+def check_all(args):
+    """Exit with a sentence if something is wrong with the settings, the model, the disk or lm_eval's tasks.
+
+    Returns: (dict for run.json, list of devices, list of tasks that are not finished).
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -213,7 +216,7 @@ def start(args):
     record["tasks"] = tasks
     record["device"] = device_name(devices[0])
     record["assistant_check"] = wants_assistant_check(model, args)
-    if shutil.disk_usage(staging).free < ROOM:
+    if shutil.disk_usage(staging).free < FREE_BYTES_NEEDED:
         refuse(f"less than 1 GiB free for {staging}; the logged questions of the seven tasks need that.")
     finished = sorted(path.name for path in staging.iterdir() if path.is_dir() and path.suffix != ".unfinished")
     if finished:
@@ -222,7 +225,13 @@ def start(args):
     if "ifeval" in tasks:
         check_ifeval()
     check_tasks(tasks, args["INCLUDE_PATH"])
-    todo = [task for task in tasks if task not in finished]
+    return record, devices, [task for task in tasks if task not in finished]
+
+
+def start(args):
+    """Check everything, then write run.json and the lists for run_eval.sh."""
+    record, devices, todo = check_all(args)
+    staging = Path(args["STAGING"])
     system.write_whole(staging / "run.json", json.dumps(record, indent=2) + "\n")
     system.write_whole(staging / "devices", "".join(f"{device}\n" for device in devices))
     system.write_whole(staging / "todo", "".join(f"{task}\n" for task in todo))

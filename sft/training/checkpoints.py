@@ -162,7 +162,7 @@ def choose(folder, resume):
     """Return the Path of the verified checkpoint to continue from, or None for a fresh start.
 
     resume: "latest" or the name of a checkpoint. A rank that torchrun restarted takes the latest one in any case.
-    Raises: SystemExit if the one with that name is not whole, or not the latest: two histories would lie in one folder.
+    Raises: SystemExit if the one with that name is not whole, or not the latest: that would mix two runs in one folder.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
     if resume == "latest" or restarted:
@@ -172,6 +172,6 @@ def choose(folder, resume):
     if listed(folder)[0].name != resume:
         raise SystemExit(
             f"{folder} holds checkpoints later than {resume}. Move them away to go back to it: a run that continued "
-            "next to them would leave two histories in one folder."
+            "next to them would mix two runs in one folder."
         )
     return checkpoint

@@ -3,7 +3,7 @@
 1. Order: which sequences an optimizer step trains. Seed and step alone decide it.
 2. Layout: which rank and micro-batch each of them goes to. That changes the speed and nothing else. Every rank runs
    the same number of micro-batches, because each forward is a collective operation under FSDP.
-3. MicroBatch: sequences laid end to end, with the positions and targets of the loss.
+3. MicroBatch: sequences end to end, with the positions and targets of the loss.
 4. PackedLoader: reads and lays out one step ahead of the training.
 """
 
@@ -153,7 +153,7 @@ class Documents:
 
 @dataclass(eq=False)
 class MicroBatch:
-    """The input of SFTModel.forward: documents laid end to end, without padding.
+    """The input of SFTModel.forward: documents end to end, without padding.
 
     Not frozen: FSDP2 makes a copy of a dataclass with its floating-point tensors cast, and there are none here.
     """
@@ -213,7 +213,7 @@ def concatenate(rows):
 
 
 @dataclass
-class Batch:
+class StepBatch:
     """This rank's part of one optimizer step, or of a step of the validation.
 
     stats: "tokens", "trainable_tokens", "idle_share" and "flops" (forward and backward) over all ranks, and
@@ -226,7 +226,7 @@ class Batch:
 
 
 class PackedLoader:
-    """Turns lists of sequence indices into this rank's Batch of each, one list ahead of the training."""
+    """Turns lists of sequence indices into this rank's StepBatch of each, one list ahead of the training."""
 
     def __init__(self, dataset, sizes, budget, device):
         """dataset: a `datasets` split; sizes: memory_plan.Shapes; budget: tokens per micro-batch."""
@@ -238,13 +238,13 @@ class PackedLoader:
         self.device = device
 
     def steps(self, seed, sequences_per_step, first, last):
-        """Yield the Batch of each optimizer step from `first` (from 0) to before `last`."""
+        """Yield the StepBatch of each optimizer step from `first` (from 0) to before `last`."""
         count = len(self.lengths)
         steps = range(first, last)
         return self.batches(sequences_of_step(count, seed, step, sequences_per_step) for step in steps)
 
     def batches(self, lists):
-        """Yield the Batch of each of `lists` of indices. A thread prepares the next one meanwhile."""
+        """Yield the StepBatch of each of `lists` of indices. A thread prepares the next one meanwhile."""
         with ThreadPoolExecutor(1) as pool:
             ahead = deque()
             for indices in lists:
@@ -255,7 +255,7 @@ class PackedLoader:
                 yield self.receive(ahead.popleft())
 
     def receive(self, future):
-        """Wait for the Batch of `build` and move it to the device."""
+        """Wait for the StepBatch of `build` and move it to the device."""
         start = time.perf_counter()
         batch = future.result()
         batch.stats["data_seconds"] = round(time.perf_counter() - start, 4)
@@ -263,7 +263,7 @@ class PackedLoader:
         return batch
 
     def build(self, indices):
-        """Return the Batch of a list of `indices`, on the CPU (in pinned memory if a GPU will take it)."""
+        """Return the StepBatch of a list of `indices`, on the CPU (in pinned memory if a GPU will take it)."""
         layout = lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
         rows = self.rows(indices)
         micro_batches = [concatenate([rows[i] for i in part]) for part in layout[dist.get_rank()]]
@@ -276,7 +276,7 @@ class PackedLoader:
             "idle_share": round(float(idle_share(layout, self.costs)), 4),
             "flops": int(self.costs[indices].sum()) + 6 * self.head * trainable_tokens,
         }
-        return Batch(indices, micro_batches, stats)
+        return StepBatch(indices, micro_batches, stats)
 
     def rows(self, indices):
         """Return {index: (input_ids, assistant_masks)} of some sequences, as arrays."""

@@ -1,4 +1,4 @@
-"""The ranks of one run: how they find each other, compare notes, stop in order, and end when one died or hangs.
+"""The ranks of one run: how they find each other, exchange values, stop in order, and end when one died or hangs.
 
 Used by sft_v1.py under torchrun. Nothing here knows what is trained.
 """
@@ -65,7 +65,7 @@ def set_up_card():
         raise SystemExit(f"torchrun started more processes than the {cards} GPUs here; lower --nproc-per-node.")
     # Micro-batches of changing size would fragment fixed segments. Torch reads this when it makes the first tensor.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    torch.set_float32_matmul_precision("highest")  # no TF32: what is float32 here is so for its digits
+    torch.set_float32_matmul_precision("highest")  # no TF32: float32 is used here for precision
     torch.cuda.set_device(local_rank)
     name = torch.cuda.get_device_name()
     if "RTX 40" in name:  # these cards have no peer-to-peer; NCCL may hang trying it
@@ -92,8 +92,8 @@ def rendezvous():
     """Return where the ranks find each other, as arguments of init_process_group: torchrun's store, new per attempt.
 
     torchrun keeps one store over its restarts (torch 2.13). Without the prefix a restarted rank reads the address that
-    a dead one left there, and waits for it. On several machines the attempts are counted apart, so the command for
-    them switches the keeping off.
+    a dead one left there, and waits for it. On several machines each counts its own attempts, so set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=BACKSTOP))
     return {"store": dist.PrefixStore(attempt_prefix(), store), "rank": rank, "world_size": size}
@@ -251,7 +251,7 @@ class Progress:
 def heartbeat(phase=None, part="", patient=False):
     """Report progress: a new phase of this rank, or only a new `part` of its present phase.
 
-    patient: the phase takes as long as its disk needs (loading, saving): only a rank that fell silent counts there.
+    patient: the phase takes as long as its disk needs (loading, saving): only a silent rank counts as lost.
     """
     if phase:
         Progress.phase, Progress.patient = phase, patient
@@ -342,7 +342,7 @@ class Watchdog:
         others = []
         for rank in silent:
             seen = self.seen[rank]
-            others.append(f"rank {rank} was last heard {now - seen.when:.0f} s ago in {seen.text!r}")
+            others.append(f"rank {rank} last reported {now - seen.when:.0f} s ago, in {seen.text!r}")
         for rank, seen in self.seen.items():
             if rank not in silent and rank != self.rank:
                 others.append(f"rank {rank} is in {seen.text!r}")

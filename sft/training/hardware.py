@@ -75,5 +75,5 @@ def versions():
         "datasets": datasets.__version__,
         "device": device,
         "commit": commit or "unknown",
-        "code": system.folder_digest(ROOT, "*.py", "sft/**/*.py"),
+        "code": system.folder_digest(ROOT, "*.py", "sft/**/*.py", "sft/**/*.jinja"),
     }

@@ -264,8 +264,8 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
         f"{sent['per_step']:.1f}, per_micro_batch {sent['per_micro_batch']:.1f})",
         "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; "
         f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s",
-        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept and one on its way: {checkpoint * (kept + 1):.0f} GiB "
-        f"of disk in {args['CHECKPOINT_DIR']}",
+        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept plus one being written: "
+        f"{checkpoint * (kept + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}",
     }
     if plan.total > limit:
         lines["WARNING"] = "the plan does not fit. Use more GPUs, or shorter sequences (prepare_data.py, MAX_SEQ_LEN)"

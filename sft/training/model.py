@@ -32,7 +32,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     longest = max(lengths)
     window = kwargs.get("sliding_window")
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and longest > window):
-        raise ValueError("its attention has a soft cap, sinks or a sliding window, which packed_attention has not.")
+        raise ValueError(
+            "its attention has a soft cap, sinks or a sliding window, which packed_attention doesn't support."
+        )
     if query.device.type == "cpu":
         return cpu_attention(query, key, value, lengths, scaling), None
     # torch's variable-length flash attention; torch 2.11 asks for equal numbers of query and key heads.
@@ -88,7 +90,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        # In float32: the scale rounded to bfloat16 would be off by up to 0.4%, by another factor in each layout.
+        # In float32: the scale rounded to bfloat16 would be off by up to 0.4%, by a different factor in each layout.
         weight_grad = weight_grad.mul_(grad).to(hidden_grad.dtype)
         return (hidden_grad.float() * grad).to(hidden_grad.dtype), weight_grad, None, None, None
 
@@ -151,7 +153,7 @@ def check_loss(model, folder):
 
 
 def prepare_blocks(model, activation_checkpointing, compile_blocks):
-    """Compile each block of an SFTModel, recompute it in the backward, both or neither; in place.
+    """Compile and/or checkpoint each block of an SFTModel in place.
 
     torch.compile gets the pieces before and after the attention call, for any number of tokens: one compilation serves
     all blocks and steps. The forward is replaced, not the block, so that the names of parameters stay.

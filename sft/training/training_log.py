@@ -38,8 +38,8 @@ class Log:
         self.device = device
         self.peak_flops = peak_flops
         self.warning = ""
-        self.on = dist.get_rank() == 0
-        if not self.on:
+        self.is_rank0 = dist.get_rank() == 0
+        if not self.is_rank0:
             return
         for name in RECORDS:
             self.drop_after(name, step)
@@ -87,7 +87,7 @@ class Log:
 
     def sync(self):
         """Put the record on the disk, so that no checkpoint is newer than its metrics after a power cut."""
-        if not self.on:
+        if not self.is_rank0:
             return
         for name in RECORDS:
             try:
@@ -99,7 +99,7 @@ class Log:
     # ---- A step ----
 
     def metrics(self, step, loss, grad_norm, lr, batch, seconds):
-        """Return the line (dict) of an optimizer step that took `seconds`. batch: dataloader.Batch."""
+        """Return the line (dict) of an optimizer step that took `seconds`. batch: dataloader.StepBatch."""
         stats = batch.stats
         return {
             "step": step,
@@ -120,7 +120,7 @@ class Log:
 
     def write(self, line):
         """Record `line`: {"step": int, name: number, ...}."""
-        if not self.on:
+        if not self.is_rank0:
             return
         if self.warning:
             line = line | {"warning": self.warning}
@@ -134,7 +134,7 @@ class Log:
 
     def record_skipped(self, line, indices):
         """Record and print a step that updated nothing, with its sequences."""
-        if not self.on:
+        if not self.is_rank0:
             return
         self.append("skipped", self.summary(line, indices))
         self.say(
@@ -143,7 +143,7 @@ class Log:
 
     def check_spike(self, line, indices):
         """Record and print a step whose loss is SPIKE_SIGMA deviations above the last ones, with its sequences."""
-        if not self.on or not math.isfinite(line["loss"]):
+        if not self.is_rank0 or not math.isfinite(line["loss"]):
             return
         if len(self.losses) >= SPIKE_LEAST:
             mean, deviation = statistics.fmean(self.losses), statistics.stdev(self.losses)
@@ -170,7 +170,7 @@ class Log:
 
     def answers(self, step, prompts, texts):
         """Record and print what the model answers to each prompt at `step`."""
-        if not self.on:
+        if not self.is_rank0:
             return
         answers = dict(zip(prompts, texts, strict=True))
         self.append("answers", {"step": step, "answers": answers})
@@ -189,7 +189,7 @@ class Log:
 
     def advance(self, line):
         """Move the bar by one step and show `line`'s loss, learning rate, gradient norm and speed."""
-        if not self.on:
+        if not self.is_rank0:
             return
         shown = {name: format(line[name], form) for name, form in BAR.items()}
         if self.warning:
@@ -199,12 +199,12 @@ class Log:
 
     def say(self, text):
         """Print `text` above the bar."""
-        if self.on:
+        if self.is_rank0:
             self.bar.write(text)
 
     def close(self):
         """Finish the bar and draw loss.png from metrics.jsonl."""
-        if not self.on:
+        if not self.is_rank0:
             return
         self.bar.close()
         self.board.close()

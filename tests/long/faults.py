@@ -49,8 +49,11 @@ SAVE_EVERY = 2  # optimizer steps
 
 # ==== A small model and its data, in the formats of the suite ====
 
-SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SHAPE |= {
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -130,7 +133,7 @@ def half_deleted(strike):
     plain = shutil.rmtree
 
     def rmtree(path, *args, **kwargs):
-        # A save also removes what stands under its own names, where usually nothing stands.
+        # A save also removes what is left under its own names; usually there is nothing.
         if Path(path).is_dir() and re.fullmatch(r"step_\d+", Path(path).name):
             sorted(Path(path).iterdir())[-1].unlink()
             strike()
@@ -479,11 +482,11 @@ class Check:
         """Damage the latest checkpoint, if the one before it is whole, too."""
         whole = [path for path in checkpoints.listed(self.run) if not checkpoints.defect(path)]
         if len(whole) > 1 and not self.pending:
-            harm = self.rng.choice(DAMAGES)
-            harm(whole[0], self.rng)
+            damage = self.rng.choice(DAMAGES)
+            damage(whole[0], self.rng)
             self.counts["corruptions"] += 1
             self.pending = whole[0]
-            print(f"      {harm.__name__}: {whole[0].name}", flush=True)
+            print(f"      {damage.__name__}: {whole[0].name}", flush=True)
 
     def see_through(self, text, before):
         """Count a damage as caught when a start has named it, or when a save has replaced it unread."""

@@ -3,7 +3,7 @@
     python tests/long/fuzz.py            100,000 inputs
     python tests/long/fuzz.py --quick    2,000, for a look
 
-Each kind of input goes to the functions that read it in earnest, in this process. It may be used, or refused by a
+Each kind of input goes to the real reader functions, in this process. It may be used, or refused by a
 SystemExit with a sentence, or (a row) be rejected with a reason; anything else counts as a traceback. A failure is
 printed with its kind and number: with the same --seed, `make(kind, seed, number)` is that input again.
 """
@@ -68,7 +68,7 @@ JINJA = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__glob
 
 
 def anything(rng, depth=0):
-    """Return a JSON value of any type: what stands where something else should."""
+    """Return a JSON value of any type, to put where another is expected."""
     kind = rng.randrange(8 if depth < 3 else 6)
     if kind < 6:
         return rng.choice(SCALARS)
@@ -96,7 +96,7 @@ def damage(rng, value):
 def encoded(rng, value):
     """Return `value` as JSON in bytes; lone surrogates are escaped or invalid UTF-8, bombs and numbers spelt out."""
     data = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    # Around 950 lies what Python's parser still reads and its repr no longer shows.
+    # Python's parser still reads a depth of about 950, but repr fails on it.
     depth = rng.choice((20, rng.randrange(700, 1000), 5_000, 100_000))
     return data.replace(b'"<bomb>"', b"[" * depth + b"]" * depth).replace(b'"<huge>"', b"9" * 5000)
 
@@ -128,7 +128,7 @@ def json_bytes(rng, value):
     return encoded(rng, value) if how > 1 else spoil(rng, encoded(rng, value))
 
 
-# ==== One kind after the other: make_* gives an input, feed_* reads it in earnest ====
+# ==== One kind after the other: make_* gives an input, feed_* passes it to the real reader functions ====
 
 
 def row_of(rng, schema):
@@ -231,10 +231,10 @@ def make_texts(rng):
 
 def feed_texts(world, which, turns):
     encoder, chatml = world.encoders[which], world.chatml
-    made = encoder.encode([turns])[0]
-    assert made is not None, "text became a control token"
-    placed = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.has_think_block(text))
-    assert sum(encoder.is_control[ids].sum() for turn in made for ids, _ in turn) == placed
+    conversation = encoder.encode([turns])[0]
+    assert conversation is not None, "text became a control token"
+    expected = 2 * len(turns) + sum(2 for role, text in turns if role == "assistant" and chatml.has_think_block(text))
+    assert sum(encoder.is_control[ids].sum() for turn in conversation for ids, _ in turn) == expected
 
 
 def make_mixture(rng):
@@ -336,7 +336,7 @@ def make_results(rng):
     sides = []
     name = rng.choice((*results_of(), *["m/results_1.json"] * 4))
     seed = rng.random()
-    for side in range(2):  # mostly both in the same way: runs that differ are refused before they are compared
+    for side in range(2):  # usually both alike: compare_evals exits before it compares runs that differ
         own = random.Random(seed if rng.random() < 0.8 else side)
         files = results_of()
         for part, value in files.items():
@@ -432,7 +432,7 @@ def build_world(folder):
     from sft.training import checkpoints
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it tells of every Parquet file, past redirect_stderr
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it reports every Parquet file, past redirect_stderr
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     bases = [write_base(folder / "byte_level", True), write_base(folder / "spm", False)]
     encoders = [chatml.Encoder(*chatml.extend_tokenizer(base, True, True), True, True) for base in bases]
