@@ -134,8 +134,10 @@ def read_sources(report):
 def evaluation_section(folder, eval_results):
     """Return the lines of the comparison in `eval_results`, and copy its chart; no lines if it measured other weights.
 
-    `eval_results` holds the run "after" and comparison.md, both written by run_eval.sh.
+    `eval_results` holds the run "after" and comparison.md, both written by run_eval.sh; None: there is no evaluation.
     """
+    if eval_results is None:
+        return []
     results = Path(eval_results)
     page, record = results / "comparison.md", results / "after" / "run.json"
     if not page.is_file() or not record.is_file():
@@ -180,15 +182,16 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
-def write(folder, eval_results):
+def write(folder, eval_results=None):
     """Write README.md, and the pictures it shows, into the export `folder`.
 
-    It reads training.json there, and the evaluation in the folder `eval_results` if that measured these weights.
+    It reads training.json there, and the evaluation in the folder `eval_results` if that measured these weights; None
+    if there is no evaluation yet.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
     curve = Path(training["checkpoint_dir"]) / "loss.png"
-    if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may go on after the export
+    if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may continue after the export
         shutil.copyfile(curve, folder / "loss.png")
     state = training["state"]
     lines = [
