@@ -41,7 +41,7 @@ def load(folder):
     except Exception as error:  # transformers and tokenizers raise several kinds
         raise SystemExit(f"{folder} has no tokenizer that loads ({error}). {remedy}") from None
     if not tokenizer.chat_template:
-        raise SystemExit(f"{folder} has no chat template: it is no chat model. {remedy}")
+        raise SystemExit(f"{folder} has no chat template: it is not a chat model. {remedy}")
     model = hf_folder.load_model(folder, remedy)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 

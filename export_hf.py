@@ -1,4 +1,4 @@
-"""Step 4: turn a training checkpoint into a Hugging Face folder that any tool loads, and prove it equal.
+"""Step 4: turn a training checkpoint into a Hugging Face folder that any tool loads, and check that they are equal.
 
 Reads   a checkpoint of checkpoints/sft_v1/, and models/resized/ (config, generation_config, tokenizer).
 Writes  exports/sft_v1/: safetensors, config, generation_config, tokenizer with its template, training.json, and the
@@ -36,8 +36,7 @@ from sft.training import checkpoints
 CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of the run, written by sft_v1.py
 CHECKPOINT = "latest"  # "latest" whole checkpoint | a name such as "step_000500" | a checkpoint's folder
 RESIZED_MODEL = "models/resized"  # folder that the run started from, written by resize_vocab.py
-EXPORT_DIR = "exports/sft_v1"  # folder to write; it must not hold anything yet
-EVAL_RESULTS = "eval-results"  # folder of run_eval.sh; the card shows its comparison if it measured this export
+EXPORT_DIR = "exports/sft_v1"  # folder to write; must be empty or missing
 # ---- Format ----
 DTYPE = "bfloat16"  # of the weights: "bfloat16" (2 bytes each) | "float32" (4)
 # ---- Instead of an export ----
@@ -143,7 +142,7 @@ def read_weights(checkpoint, names, shapes, dtype):
     for group in group_by_size({name: shapes[name] for name in names}, torch.float32, READ_BYTES):
         state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in group}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # it is meant to be one process
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
             dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
         for key, tensor in state.items():
             weights[key.removeprefix("model.")] = tensor.to(dtype)
@@ -200,11 +199,11 @@ def write_configs(resized, output, dtype_name):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_card(checkpoint, state, shapes, dtype_name, eval_results, output):
+def write_card(checkpoint, state, shapes, dtype_name, output):
     """Write training.json, what the model card says of the training, and the card itself into `output`."""
     training = model_card.describe(checkpoint, state, count_parameters(shapes), dtype_name)
     (output / model_card.TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-    model_card.write(output, eval_results)
+    model_card.write(output)
 
 
 # ==== Verification ====
@@ -239,12 +238,16 @@ def check_configs(output, shapes, ids):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers raises several kinds
-        raise SystemExit(f"{output}: its configuration is refused by transformers ({error}). Correct it.") from None
+        raise SystemExit(
+            f"{output}: transformers refuses its configuration ({error}). Correct config.json or "
+            "generation_config.json."
+        ) from None
     described = {name: part.shape for name, part in model.named_parameters()}
     different = sorted(name for name in described | shapes if described.get(name) != shapes.get(name))
     if different:
         raise SystemExit(
-            f"{output}: config.json and the weights disagree about {len(different)} tensors, first {different[0]}."
+            f"{output}: config.json and the weights disagree about {len(different)} tensors, first {different[0]}. "
+            "Correct config.json."
         )
     stops = hf_folder.stop_ids(generation)
     if ids["eos"] not in stops or generation.pad_token_id in (None, ids["eos"]):
@@ -354,7 +357,7 @@ def export(checkpoint, state, shapes, args):
     with system.staged(args["EXPORT_DIR"], "--export-dir") as staging:
         write_weights(checkpoint, shapes, dtype, MAX_SHARD_BYTES, staging)
         write_configs(resized, staging, args["DTYPE"])
-        write_card(checkpoint, state, shapes, args["DTYPE"], args["EVAL_RESULTS"], staging)
+        write_card(checkpoint, state, shapes, args["DTYPE"], staging)
         return verify(checkpoint, shapes, dtype, resized, staging)
 
 
@@ -372,7 +375,7 @@ def main(args):
         output = Path(args["VERIFY_ONLY"])
         dtype_name = system.read_json(output / "config.json", "export_hf.py").get("dtype")
         if dtype_name not in ("bfloat16", "float32"):
-            raise SystemExit(f"{output} says dtype {dtype_name!r}: it is no export of this script.")
+            raise SystemExit(f"{output} says dtype {dtype_name!r}: it is not an export of this script. Name one.")
         model, tokenizer = verify(checkpoint, shapes, getattr(torch, dtype_name), args["RESIZED_MODEL"], output)
     else:
         model, tokenizer = export(checkpoint, state, shapes, args)

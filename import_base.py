@@ -1,4 +1,4 @@
-"""Step 0: turn a pretraining checkpoint into the base model's Hugging Face folder, and prove that it reads.
+"""Step 0: turn a pretraining checkpoint into the base model's Hugging Face folder, and check that it reads.
 
 Reads   a checkpoint of a pretraining script: a DCP folder (FSDP1 or FSDP2), a `torch.save` file or safetensors, with
         Hugging Face's or Meta's names; and its tokenizer.
@@ -7,9 +7,9 @@ Writes  models/base/: config, generation_config, safetensors in the checkpoint's
     python import_base.py --checkpoint pretrain/step_040000 --tokenizer pretrain/tokenizer.model
 
 The tensors show the vocabulary, the width, the layers and the size of the MLP; the settings below give what they do not
-show. A file does not say which of two ways it lays out the rotary pairs in a head, halves (Hugging Face) or neighbours
-(Meta), either: the script measures the model on plain text both ways and keeps the better one. A model that cannot read
-ends with an error. Skip this step if the base is a Hugging Face folder already.
+show. A file doesn't say which of two rotary layouts it uses, halves (Hugging Face) or neighbours (Meta): the script
+measures the model on plain text both ways and keeps the better one. A model that cannot read ends with an error. Skip
+this step if the base is a Hugging Face folder already.
 """
 
 import json
@@ -32,7 +32,7 @@ from sft.evaluation import reading_check
 # ---- Files ----
 CHECKPOINT = "pretrain/step_040000"  # DCP folder | torch.save file | .safetensors file or a folder of them
 TOKENIZER = "pretrain/tokenizer.model"  # SentencePiece file | tokenizer.json; tokenizer_config.json next to it is read
-BASE_MODEL = "models/base"  # folder to write; it must not hold anything yet
+BASE_MODEL = "models/base"  # folder to write; must be empty or missing
 # ---- What the tensors do not show: Genesis 1B ----
 HEADS = 12  # query heads; the model's width / HEADS is the width of a head
 KV_HEADS = 6  # key and value heads
@@ -43,7 +43,7 @@ CONTEXT = 2048  # tokens, the length it was trained on
 ADD_BOS = True  # a tokenizer.model: put the BOS in front of a text, as pretraining did
 BOS_TOKEN = "<s>"  # of a tokenizer.json without tokenizer_config.json; "" for none
 EOS_TOKEN = "</s>"  # likewise: the token that ends a document
-# ---- Proof ----
+# ---- Reading check ----
 EXPECTED_LOSS = 1.93  # nats per token at the end of pretraining, to compare with; 0 = unknown
 IGNORE = ("inv_freq", "freqs_cis", "freqs_cos", "freqs_sin", "mask")  # last parts of names that hold no weights
 
@@ -121,7 +121,10 @@ class ForeignReader(dcp.FileSystemReader):
     """DCP's reader of a folder, with the restricted unpickler."""
 
     def read_metadata(self, *args, **kwargs):
-        """Return the `Metadata` of the folder. Raises: SystemExit if it is none or names what it must not."""
+        """Return the `Metadata` of the folder.
+
+        Raises: SystemExit if it isn't valid metadata or names forbidden objects.
+        """
         try:
             with (Path(self.path) / ".metadata").open("rb") as file:
                 metadata = MetadataUnpickler(file).load()
@@ -165,7 +168,7 @@ def open_dcp(folder):
     def read(keys):
         tensors = {stored_names[key]: torch.empty(entries[key][0], dtype=entries[key][1]) for key in keys}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # it is meant to be one process
+            warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
             dcp.load(tensors, storage_reader=reader, no_dist=True)
         return {key: tensors[stored_names[key]] for key in keys}
 
@@ -185,7 +188,10 @@ def open_files(path):
     """Return (entries, read) of a torch.save file, which may run no code, or of safetensors."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
-        raise SystemExit(f"{path} has neither .metadata nor *.safetensors: its save never finished, or it is no model.")
+        raise SystemExit(
+            f"{path} has neither .metadata nor *.safetensors: its save never finished, or it isn't "
+            "a model. Choose another one."
+        )
     tensors = {}
     for file in files:
         try:
@@ -358,7 +364,7 @@ def read_tokenizer(path, args):
         tokenizer = hf_folder.load_tokenizer(path.parent)
         names = {"bos_token": args["BOS_TOKEN"], "eos_token": args["EOS_TOKEN"]}
         if (path.parent / "tokenizer_config.json").is_file():
-            config = system.read_json(path.parent / "tokenizer_config.json", "your tokenizer's script")
+            config = system.read_json(path.parent / "tokenizer_config.json")
             names = {f"{kind}_token": token for kind, token in hf_folder.token_names(config, path.parent).items()}
     else:
         text = reading_check.PASSAGE.read_text("utf-8")
@@ -375,7 +381,10 @@ def check_vocabulary(tokenizer, rows, path):
     """Raise SystemExit if the `tokenizer`, from the file `path`, has ids beyond the `rows` of the embedding."""
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if size > rows:
-        raise SystemExit(f"{path} has {size:,} tokens, the model's embedding {rows:,} rows: it is another model's.")
+        raise SystemExit(
+            f"{path} has {size:,} tokens, but the model's embedding has {rows:,} rows: this tokenizer belongs to "
+            "another model. Name the right one with --tokenizer."
+        )
 
 
 def write_tokenizer(tokenizer, names, token_ids, context, folder):

@@ -39,15 +39,18 @@ from sft.data import chatml, conversations, data_report, decontamination, source
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
-DATA_DIR = "data/sft_v1"  # folder to write; it must not hold anything yet
+DATA_DIR = "data/sft_v1"  # folder to write; must be empty or missing
 # ---- Mixture ----
 # A source has
 #   name               as it is called in the report
 #   path               a local .jsonl, .json or .parquet file, relative to the mixture file; or
-#   hub                a hub data set, with "revision" and either "config" and "split" or one "file" of it
+#   hub                a hub data set, which is read with `datasets`, or one "file" of it
 #   schema             its columns: a name in SCHEMAS in sft/data/conversations.py
 #   examples           conversations kept for training, after all rejections, or "all"
 # and optionally
+#   revision           of a hub data set: its branch, tag or commit ("main")
+#   config, split      of a hub data set (its default config, "train"); a "file" needs neither
+#   file               the path of one file in a hub data set, read like a local one
 #   seed               of the draw (42)
 #   repeat             times each conversation is trained on (1)
 #   exclude            {column: [values whose rows are left out]}
@@ -96,8 +99,8 @@ SHOW = 0  # print this many finished sequences per source of DATA_DIR and stop; 
 
 CHOICES = {"OVERFLOW": ("split", "truncate", "drop"), "DEDUPLICATE": ("normalised", "exact", "off")}
 AT_LEAST = {"MAX_SEQ_LEN": 16, "VALIDATION_CONVERSATIONS": 1, "LIMIT": 0, "WORKERS": 0, "SHOW": 0}
-NO_EFFECT = ("BASE_MODEL", "DATA_DIR", "MIXTURE", "WORKERS", "SHOW")  # settings that the bytes do not depend on
-NO_RULES = ("__init__.py", "data_report.py", "sentencepiece_tokenizer.py")  # files of sft/data that decide no row or id
+SETTINGS_WITHOUT_EFFECT = ("BASE_MODEL", "DATA_DIR", "MIXTURE", "WORKERS", "SHOW")  # on the bytes
+FILES_WITHOUT_EFFECT = ("__init__.py", "data_report.py", "sentencepiece_tokenizer.py")  # of sft/data; on rows and ids
 VERSIONS = {module.__name__: module.__version__ for module in (np, tokenizers, transformers, datasets)}
 
 
@@ -118,13 +121,13 @@ class Selection:
         if limit:
             self.held_out = min(self.held_out, max(1, limit // 10))
         if source.examples == "all":
-            self.wanted, self.every = rows, 10  # each tenth kept row may go to validation
+            self.every = 10  # each tenth kept row may go to validation
             self.goal = rows
         else:
-            self.wanted, self.every = source.examples, 1
+            self.every = 1
             self.goal = source.examples + self.held_out
         if limit:
-            self.wanted, self.every = min(self.wanted, limit), min(self.every, limit)
+            self.every = min(self.every, limit)
             self.goal = min(self.goal, limit + self.held_out)
 
     @property
@@ -214,7 +217,7 @@ def rejected_entries(source_name, result):
     if result.reason:
         events = [("rejected", result.reason)]
     else:
-        events = [("changed", change) for change in result.changes if change in conversations.LOSSES]
+        events = [("changed", change) for change in result.changes if change in conversations.LOGGED_CHANGES]
     for status, reason in events:
         entry = {"source": source_name, "row": result.row, "status": status, "reason": reason}
         if result.detail:
@@ -229,12 +232,12 @@ def refuse_too_few(source, selection):
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
     if source.examples != "all" and not selection.complete:
         raise SystemExit(
-            f"{source.name}: {selection.wanted:,} conversations and {selection.held_out:,} for validation are wanted, "
-            f'{counts["kept"]:,} of {counts["read"]:,} rows can be used ({reasons}). Lower "examples" or say "all".'
+            f"{source.name} needs {selection.goal:,} conversations, {selection.held_out:,} of them for validation, but "
+            f'only {counts["kept"]:,} of {counts["read"]:,} rows are usable ({reasons}). Lower "examples" or say "all".'
         )
     if not counts["conversations"]:
         raise SystemExit(
-            f"{source.name}: none of {counts['read']:,} rows can be trained on ({reasons}). Is its schema right?"
+            f"{source.name}: none of {counts['read']:,} rows can be trained on ({reasons}). Correct its schema."
         )
 
 
@@ -255,7 +258,7 @@ def build_encoder(args, folder):
         result = chatml.self_test(tokenizer, encoder)
     except (SystemExit, KeyboardInterrupt, OSError):
         raise
-    except BaseException as error:  # the tokenizers library raises plain Exception, and panics, which are none
+    except BaseException as error:  # the tokenizers library raises plain Exception, and panics that aren't Exceptions
         raise SystemExit(
             f"{args['BASE_MODEL']}: its tokenizer.json is damaged ({type(error).__name__}: {error}). Get it again."
         ) from None
@@ -268,15 +271,18 @@ def build_encoder(args, folder):
 def inputs_digest(args, tokenizer_folder, ngrams):
     """Return one SHA-256 over what every source's result depends on: code, settings, versions, tokenizer, n-grams.
 
-    The code is all of sft/data but NO_RULES, and this file without its settings: an edited setting counts only by its
-    value. ngrams: Path of the evaluation's n-grams, or None.
+    The code is sft/data without FILES_WITHOUT_EFFECT, sft/hf_folder.py, and this file without its settings: an edited
+    setting counts only by its value. ngrams: Path of the evaluation's n-grams, or None.
     """
-    code = Path(__file__).parent / "sft" / "data"
-    rules = [path.name for path in (*code.glob("*.py"), *code.glob("*.jinja")) if path.name not in NO_RULES]
+    package = Path(__file__).parent / "sft"
+    code = ["hf_folder.py"]
+    for path in (*package.glob("data/*.py"), *package.glob("data/*.jinja")):
+        if path.name not in FILES_WITHOUT_EFFECT:
+            code.append(f"data/{path.name}")
     parts = [
         Path(__file__).read_text(encoding="utf-8").partition("\n# ====")[2],
-        system.folder_digest(code, *rules),
-        {name: value for name, value in args.items() if name not in NO_EFFECT},
+        system.folder_digest(package, *code),
+        {name: value for name, value in args.items() if name not in SETTINGS_WITHOUT_EFFECT},
         VERSIONS,
         system.folder_digest(tokenizer_folder, "*"),
         ngrams and system.sha256(ngrams),
@@ -389,7 +395,7 @@ def validate_settings(args):
     try:
         sources.check_patterns(args["IDENTITY_PATTERNS"], "IDENTITY_PATTERNS")
     except ValueError as error:
-        raise SystemExit(f"{error}.") from None
+        raise SystemExit(f"{error}. Correct it.") from None
 
 
 def main(args):
@@ -420,7 +426,7 @@ def main(args):
     except ChildProcessError:
         raise SystemExit(f"A worker was killed, most likely out of memory. Lower WORKERS. {later}") from None
     except OSError as error:
-        remedy = "Free disk space." if error.errno in sources.FULL else "Check the folder and your rights to it."
+        remedy = "Free disk space." if error.errno in sources.DISK_FULL else "Check the folder and your rights to it."
         raise SystemExit(f"{data_dir} cannot be written ({error}). {remedy} {later}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped. {later}") from None

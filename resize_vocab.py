@@ -25,11 +25,12 @@ from sft.hf_folder import EMBEDDING, HEAD
 # ---- Folders ----
 BASE_MODEL = "models/base"  # Hugging Face folder with safetensors and the base's tokenizer
 DATA_DIR = "data/sft_v1"  # folder written by prepare_data.py; its tokenizer/ is read
-RESIZED_MODEL = "models/resized"  # folder to write; it must not hold anything yet
+RESIZED_MODEL = "models/resized"  # folder to write; must be empty or missing
 
 # ==== Reading and checking ====
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+RESIZE_AGAIN = "Run resize_vocab.py again."
 
 
 def check_extension(base, extended, folder):
@@ -41,14 +42,14 @@ def check_extension(base, extended, folder):
     for token, token_id in old.items():
         if new.get(token) != token_id:
             raise SystemExit(
-                f"{folder} is no extension of the base's tokenizer: token {token!r} is {token_id} there and "
+                f"{folder} doesn't extend the base's tokenizer: token {token!r} is {token_id} there and "
                 f"{new.get(token, 'missing')} here. Run prepare_data.py again with this base."
             )
     before, after = json.loads(base.to_str()), json.loads(extended.to_str())
     for part in ("model", "normalizer", "pre_tokenizer", "decoder"):
         if before[part] != after[part]:
             raise SystemExit(
-                f"{folder} is no extension of the base's tokenizer: its {part} differs. Run prepare_data.py again with "
+                f"{folder} doesn't extend the base's tokenizer: its {part} differs. Run prepare_data.py again with "
                 "this base."
             )
     added = {token: new[token] for token in sorted(new, key=new.get) if token not in old}
@@ -75,11 +76,13 @@ def check_base(config, layout, folder):
         with safe_open(folder / file_name, "pt") as file:
             tables |= {name: file.get_tensor(name) for name in names if name in (EMBEDDING, HEAD)}
     if EMBEDDING not in tables:
-        raise SystemExit(f"{folder} has no tensor {EMBEDDING}: it is not a Llama-like model. Name one that is.")
+        raise SystemExit(
+            f"{folder} has no tensor {EMBEDDING}: it is not a Llama-like model. Name one with --base-model."
+        )
     if not tied and HEAD not in tables:
         raise SystemExit(
             f"{folder}: config.json says untied embeddings, but there is no tensor {HEAD}. Set tie_word_embeddings to "
-            "true if the model has no head of its own."
+            "true if the model has no head of its own; otherwise get the model again."
         )
     for name, table in tables.items():
         if len(table) != config.get("vocab_size"):
@@ -90,7 +93,7 @@ def check_base(config, layout, folder):
     if tied and HEAD in tables and not hf_folder.same_bits(tables[HEAD], tables[EMBEDDING]):
         raise SystemExit(
             f"{folder}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}. Set tie_word_embeddings "
-            "to false if the model has a head of its own."
+            f"to false if the model has a head of its own; otherwise remove {HEAD} from the safetensors."
         )
     return len(tables[EMBEDDING]), tied
 
@@ -140,7 +143,7 @@ def write_configs(base, output, config, ids, rows):
     Generation stops at <|im_end|> and wherever the base stops.
     """
     path = base / "generation_config.json"
-    generation = system.read_json(path, "your download") if path.is_file() else {}
+    generation = system.read_json(path) if path.is_file() else {}
     base_stops = hf_folder.stop_ids(generation if "eos_token_id" in generation else config)
     token_ids = {f"{kind}_token_id": token_id for kind, token_id in ids.items() if token_id is not None}
     generation |= token_ids
@@ -167,11 +170,11 @@ def verify(base, output, new_ids, real, tied):
     It compares the tie, every old row's bits, every new row with the mean, all other tensors' bits, and old logits.
     """
     old = hf_folder.load_model(base, "Correct its config.json or its safetensors, or download the model again.")
-    new = hf_folder.load_model(output, "Run resize_vocab.py again.")
+    new = hf_folder.load_model(output, RESIZE_AGAIN)
     embedding, head = new.get_input_embeddings().weight, new.get_output_embeddings().weight
     if (embedding.data_ptr() == head.data_ptr()) is not tied:
         expected = "tied to" if tied else "apart from"
-        raise SystemExit(f"{output}: after reloading, the head is not {expected} the embedding, as config.json says.")
+        raise SystemExit(f"{output}: after reloading, the head is not {expected} the embedding. {RESIZE_AGAIN}")
     check_stray(base, output, new)
     kept = torch.ones(old.get_input_embeddings().num_embeddings, dtype=torch.bool)  # old rows that are to stay
     kept[[token_id for token_id in new_ids if token_id < len(kept)]] = False
@@ -180,24 +183,24 @@ def verify(base, output, new_ids, real, tied):
         result = parts[name]
         if name in (EMBEDDING, HEAD):
             if not (result[new_ids] == mean_row(tensor, real)).all():
-                raise SystemExit(f"{output}: a new row of {name} is not the mean of the old ones.")
+                raise SystemExit(f"{output}: a new row of {name} is not the mean of the old ones. {RESIZE_AGAIN}")
             tensor, result = tensor[kept], result[: len(kept)][kept]
         if not hf_folder.same_bits(tensor, result):
-            raise SystemExit(f"{output}: {name} changed.")
+            raise SystemExit(f"{output}: {name} changed. {RESIZE_AGAIN}")
     prompt = real[:: max(1, len(real) // 16)][None]
     with torch.no_grad():
         before = old(input_ids=prompt).logits
         after = new(input_ids=prompt).logits
     if not hf_folder.same_bits(before[..., kept], after[..., : len(kept)][..., kept]):
-        raise SystemExit(f"{output}: logits of old tokens changed.")
+        raise SystemExit(f"{output}: logits of old tokens changed. {RESIZE_AGAIN}")
 
 
 def check_stray(base, output, model):
-    """Raise SystemExit if the safetensors in `output` hold a tensor that is no parameter of the loaded `model`."""
+    """Raise SystemExit if the safetensors in `output` hold a tensor that is not a parameter of the loaded `model`."""
     names = {name for names in hf_folder.shards(output).values() for name in names}
     if stray := names - dict(model.named_parameters()).keys():
         raise SystemExit(
-            f"{base}: the tensor {min(stray)} is no parameter of its model. Remove it from the safetensors."
+            f"{base}: the tensor {min(stray)} is not a parameter of its model. Remove it from the safetensors."
         )
 
 
@@ -222,7 +225,7 @@ def main(args):
     transformers.utils.logging.disable_progress_bar()
     base, output = Path(args["BASE_MODEL"]), Path(args["RESIZED_MODEL"])
     tokenizer_folder = Path(args["DATA_DIR"]) / "tokenizer"
-    config = system.read_json(base / "config.json", "your download")
+    config = system.read_json(base / "config.json")
     base_tokenizer, tokenizer = hf_folder.load_tokenizer(base), hf_folder.load_tokenizer(tokenizer_folder)
     new_tokens = check_extension(base_tokenizer, tokenizer, tokenizer_folder)
     ids = chatml.special_ids(tokenizer_folder, tokenizer)

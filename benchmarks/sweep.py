@@ -27,7 +27,7 @@ LEARNING_RATES = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4", "2e-4")  # peaks, one 
 SLICE = 0.02  # of an epoch's steps
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
 RESIZED_MODEL = "models/resized"  # folder, from resize_vocab.py
-SWEEP_DIR = "checkpoints/sweep"  # folder to write; it must not hold anything yet
+SWEEP_DIR = "checkpoints/sweep"  # folder to write; must be empty or missing
 PROCESSES = 0  # ranks of torchrun; 0 = one per GPU, or two without any
 SEQUENCES_PER_STEP = 32  # sequences
 TRAINER_FLAGS = ""  # further flags of sft_v1.py, as on a command line

@@ -58,7 +58,7 @@ train() {  # $1: seed, $2: what is added to the names of its folders
 }
 export_run() {  # $1: as train's $2
     python export_hf.py --checkpoint-dir "$work/checkpoints$1" --resized-model $RESIZED_MODEL \
-        --export-dir "$EXPORT_DIR$1" --eval-results $EVAL_RESULTS
+        --export-dir "$EXPORT_DIR$1"
 }
 
 say "Evaluation before"

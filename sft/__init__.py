@@ -1,1 +1,1 @@
-"""What the scripts at the root share, in three rooms: data, training, evaluation."""
+"""What the scripts at the root share, in three packages: data, training, evaluation."""

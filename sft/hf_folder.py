@@ -21,9 +21,9 @@ INDEX = "model.safetensors.index.json"
 
 
 def check_is_folder(folder, remedy):
-    """Raise SystemExit, ending with `remedy`, unless `folder` is one: transformers would take its name for a hub id."""
+    """Raise SystemExit, ending with `remedy`, unless `folder` exists: transformers would take its name for a hub id."""
     if not Path(folder).is_dir():
-        raise SystemExit(f"{folder} is no folder. {remedy}")
+        raise SystemExit(f"{folder} is not a folder. {remedy}")
 
 
 def load_config(folder, remedy):
@@ -46,7 +46,7 @@ def token_names(config, folder):
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and (not isinstance(token, str) or re.search("[\ud800-\udfff]", token)):
-            raise SystemExit(f"{folder}: the {kind}_token of its tokenizer_config.json is no text. Correct it.")
+            raise SystemExit(f"{folder}: the {kind}_token of its tokenizer_config.json is not text. Correct it.")
         names[kind] = token
     return names
 
@@ -64,7 +64,7 @@ def load_tokenizer(folder):
     try:
         return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise SystemExit(f"{folder}: no readable tokenizer.json ({error}).") from None
+        raise SystemExit(f"{folder}: no readable tokenizer.json ({error}). Get it again.") from None
 
 
 # ==== Weights ====
@@ -91,7 +91,7 @@ def shards(folder):
             with safe_open(folder / name, "pt") as file:
                 layout[name] = list(file.keys())
         except Exception as error:  # safetensors raises its own SafetensorError
-            raise SystemExit(f"{folder / name} is not a readable safetensors file ({error}).") from None
+            raise SystemExit(f"{folder / name} is not a readable safetensors file ({error}). Get it again.") from None
     in_files = {tensor: name for name, tensors in layout.items() for tensor in tensors}
     if weight_map is not None and in_files != weight_map:
         tensor = min(in_files.items() ^ weight_map.items())[0]
@@ -106,7 +106,7 @@ def read_index(folder):
     path = Path(folder) / INDEX
     if not path.is_file():
         return None
-    weight_map = system.read_json(path, "your download").get("weight_map")
+    weight_map = system.read_json(path).get("weight_map")
     file_names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(name, str) and Path(name).name == name for name in file_names):
         raise SystemExit(f"{path} has no map from tensors to files of that folder. Download the model again.")
@@ -145,9 +145,7 @@ def load_model(folder, remedy, dtype="auto", **options):
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and json each raise their own
-        raise SystemExit(
-            f"{folder} is no model folder that loads ({type(error).__name__}: {error}). {remedy}"
-        ) from None
+        raise SystemExit(f"{folder} can't be loaded as a model ({type(error).__name__}: {error}). {remedy}") from None
     if problems := {kind.replace("_", " "): sorted(names) for kind, names in info.items() if names}:
         raise SystemExit(f"{folder} does not load strictly: {problems}. {remedy}")
     return model.eval()

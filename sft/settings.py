@@ -27,7 +27,7 @@ def setting_name(node):
 
 
 def trailing_comment(node, lines):
-    """Return the comment behind a one-line value, or after the opening bracket of a longer one."""
+    """Return the comment after a one-line value, or after the opening bracket of a longer one."""
     line = lines[node.lineno - 1]
     if node.lineno == node.end_lineno:
         line = line.encode()[node.end_col_offset :].decode()  # the ast counts columns in bytes

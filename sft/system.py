@@ -35,16 +35,21 @@ def folder_digest(folder, *patterns):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def read_json(path, made_by):
-    """Return the JSON object in the file `path`. Raises: SystemExit naming the script that makes it."""
+def read_json(path, made_by=None):
+    """Return the JSON object in the file `path`. made_by: the script that writes it; None: it comes from elsewhere.
+
+    Raises: SystemExit, with the remedy, if it is missing or damaged.
+    """
+    first = f"Run {made_by} first" if made_by else "Get it again"
+    again = f"Run {made_by} again." if made_by else "Get it again."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SystemExit(f"{path} is missing. Run {made_by} first, or name its folder with the flag.") from None
+        raise SystemExit(f"{path} is missing. {first}, or name its folder with the flag.") from None
     except JSON_ERRORS as error:
-        raise SystemExit(f"{path} is not readable JSON ({error}). Run {made_by} again.") from None
+        raise SystemExit(f"{path} is not readable JSON ({error}). {again}") from None
     if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. Run {made_by} again.")
+        raise SystemExit(f"{path} holds a {type(value).__name__}, not an object. {again}")
     return value
 
 
@@ -78,9 +83,14 @@ def durable(path):
 def write_whole(path, text):
     """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old file."""
     staging = unfinished(path)
-    staging.write_bytes(text.encode() if isinstance(text, str) else text)
-    durable(staging)
-    staging.replace(path)
+    try:
+        staging.write_bytes(text.encode() if isinstance(text, str) else text)
+        durable(staging)
+        staging.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staging.unlink()  # a full disk stays usable
+        raise
 
 
 # ==== Folders ====

@@ -10,8 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of this process would not survive prepare_data.py's fork
 VOCABULARY = 49_152
-FAST_FIRST = ("settings", "step_plan", "checkpoints", "demo", "conversations", "sources", "workers", "compare_evals")
-FAST_FIRST += ("prepare_data", "resize_vocab")
+FAST_FIRST = (
+    *("settings", "system", "demo", "conversations", "sources", "workers", "dataloader", "checkpoints"),
+    *("compare_evals", "prepare_data", "resize_vocab"),
+)
 TEXT = """The sea was calm that morning, and nobody on the pier expected the boat to come back so soon.
 def add(first, second):
     return first + second

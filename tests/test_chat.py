@@ -147,11 +147,11 @@ def refused(talk, *lines, **changes):
 
 def test_what_cannot_chat_is_a_sentence(talk, chat_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "exports/none is no folder. Run export_hf.py, or name" in refused(talk, EXPORT_DIR="exports/none")
+    assert "exports/none is not a folder. Run export_hf.py, or name" in refused(talk, EXPORT_DIR="exports/none")
     base = shutil.copytree(chat_dir, tmp_path / "base")
     (base / "chat_template.jinja").unlink()
     message = refused(talk, EXPORT_DIR=str(base))
-    assert "has no chat template: it is no chat model. Run export_hf.py, or name the folder of a chat" in message
+    assert "has no chat template: it is not a chat model. Run export_hf.py, or name the folder of a chat" in message
     (base / "tokenizer.json").unlink()
     (base / "tokenizer_config.json").unlink()
     assert "base has no tokenizer that loads" in refused(talk, EXPORT_DIR=str(base))

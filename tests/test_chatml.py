@@ -300,10 +300,10 @@ def test_runs_of_spaces_that_a_base_adds_as_tokens_are_text(bpe_tokenizer_dir, t
     ("config", "says"),
     [
         ([], "no readable tokenizer.json and tokenizer_config.json"),
-        ({"bos_token": 5}, "the bos_token of its tokenizer_config.json is no text"),
+        ({"bos_token": 5}, "the bos_token of its tokenizer_config.json is not text"),
         (
             {"pad_token": {"lstrip": True}, "unk_token": "\ud800"},
-            "the unk_token of its tokenizer_config.json is no text",
+            "the unk_token of its tokenizer_config.json is not text",
         ),
         ({"bos_token": "e"}, "self-test: a special token of the base is plain text"),
     ],
@@ -324,7 +324,11 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
             [("Ċ", "d")],
             r"5 have .*; pieces of this tokenizer cross newlines \('\\nd'\), and the generation prompt's",
         ),
-        (normalizers.Strip(), [], r"0 have .* no piece crosses a newline: .* template has '\\nB.*', trained is 'Be "),
+        (
+            normalizers.Strip(),
+            [],
+            r"0 have .* no piece crosses a newline: .* template has '\\nB.*', but training uses 'Be ",
+        ),
     ],
 )
 def test_the_self_test_says_why_ids_differ(tmp_path, normalizer, merges, says):

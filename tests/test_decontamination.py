@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sft.data import decontamination
 
-LESS = 'or go on without it: --decontaminate-against "" (the comparison before/after then proves less).'
+LESS = 'or continue without it: --decontaminate-against "" (contaminated scores may then look better than they are).'
 # Twelve questions of one form: what they share is boilerplate, twelve being more than ten.
 FORMULA = "please read the following riddle with great care and then give one single short answer"
 ANIMALS = ("otter", "heron", "badger", "lynx", "adder", "plover", "stoat", "curlew", "vole", "dormouse", "kite", "mole")
@@ -219,7 +219,9 @@ def test_find_agrees_with_sets_of_words(tmp_path_factory, questions, turns, n):
         np.array([decontamination.ngram_hashes(hashes_of(ngram), n)[0] for ngram in ngrams], np.uint64)
         for ngrams in sets.values()
     ]
-    decontamination.save(path, n, list(sets), hashes, [(0, 0, 0, 0)] * 2, {word for q in questions for word in q})
+    decontamination.save_ngrams(
+        path, n, list(sets), hashes, [(0, 0, 0, 0)] * 2, {word for q in questions for word in q}
+    )
     flat = [word for turn in turns for word in turn]
     windows = [tuple(flat[i : i + n]) for i in range(len(flat) - n + 1)]
     expected = ((task, " ".join(window)) for window in windows for task, ngrams in sets.items() if window in ngrams)
@@ -257,7 +259,7 @@ def test_a_task_that_cannot_be_compared(folder, runs, run, task, says):
 
 
 def test_a_folder_that_is_not_there_is_refused_at_once_and_no_task_needs_no_process(tmp_path):
-    with pytest.raises(SystemExit, match="No folder nowhere; --tasks-include-path names"):
+    with pytest.raises(SystemExit, match=r"No folder nowhere. Name a folder with .* --tasks-include-path"):
         decontamination.find_overlap(("x",), "nowhere", tmp_path / "x.npz")
     assert decontamination.find_overlap((), "nowhere", tmp_path / "x.npz") is None
 
@@ -272,7 +274,7 @@ def killed_child(names, include_path, path):
 
 def writing_child(names, include_path, path):
     words, hashes = ["a", "b"], decontamination.ngram_hashes(hashes_of(["a", "b"]), 2)
-    decontamination.save(path, 2, names, [hashes], [(1, 1, 0, 0)], words)
+    decontamination.save_ngrams(path, 2, names, [hashes], [(1, 1, 0, 0)], words)
 
 
 def test_what_the_spawned_child_says_arrives(tmp_path, monkeypatch, capfd):
@@ -298,7 +300,9 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         with pytest.raises(SystemExit, match=r"cannot be read .* Run prepare_data.py again."):
             decontamination.Overlap(tmp_path / f"{name}.npz")
     with pytest.raises(SystemExit, match="cannot be written"):
-        decontamination.save(tmp_path / "text.npz/x.npz", 3, ["a"], [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set())
+        decontamination.save_ngrams(
+            tmp_path / "text.npz/x.npz", 3, ["a"], [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set()
+        )
 
 
 def test_import_needs_no_torch():

@@ -376,8 +376,8 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     harms += [(lambda: edit_json(folder / "tokenizer_config.json", chat_template="x"), "its chat template is not")]
     harms += [(lambda: (folder / "chat_template.jinja").write_text("x"), "its chat template is not the one")]
     harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
-    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "is no model folder that loads")]
-    harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is no export of this script")]
+    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "can't be loaded as a model")]
+    harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is not an export of this script")]
     for harm, sentence in harms:
         harm()
         assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
@@ -415,7 +415,10 @@ def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch)
     harms = [(lambda: (Path(RESIZED) / "chat_template.jinja").write_text(twice), "begins with two BOS tokens")]
     harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", eos_token_id=0), "generation stops at [0]")]
     harms += [
-        (lambda: edit_json(Path(RESIZED) / "generation_config.json", temperature=0.5), "is refused by transformers")
+        (
+            lambda: edit_json(Path(RESIZED) / "generation_config.json", temperature=0.5),
+            "transformers refuses its configuration",
+        )
     ]
     harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", pad_token_id=61), "pads with 61")]
     harms += [(lambda: edit_json(Path(RESIZED) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]

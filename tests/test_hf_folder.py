@@ -25,7 +25,7 @@ def test_token_names_are_text_or_none():
     config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "pad_token": None}
     assert hf_folder.token_names(config, "x") == {"bos": "<s>", "eos": "</s>", "unk": None, "pad": None}
     for token in (2, ["a"], {"content": 2}, "\ud800"):
-        with pytest.raises(SystemExit, match=r"^x: the unk_token of its tokenizer_config.json is no text"):
+        with pytest.raises(SystemExit, match=r"^x: the unk_token of its tokenizer_config.json is not text"):
             hf_folder.token_names({"unk_token": token}, "x")
 
 
@@ -72,7 +72,7 @@ def test_a_model_loads_strictly_or_ends_with_the_remedy(folder):
     with pytest.raises(SystemExit, match=r"model does not load strictly: {'missing keys': .* Do that\.$"):
         hf_folder.load_model(folder, "Do that.")
     edit_json(folder / "config.json", num_hidden_layers=2, vocab_size=7)
-    with pytest.raises(SystemExit, match=r"model is no model folder that loads \(.* Do that\.$"):
+    with pytest.raises(SystemExit, match=r"model can't be loaded as a model \(.* Do that\.$"):
         hf_folder.load_model(folder, "Do that.")
     (folder / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"model has no config.json that transformers can read \(.* Do that\.$"):
@@ -82,7 +82,7 @@ def test_a_model_loads_strictly_or_ends_with_the_remedy(folder):
 def test_a_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for load in (hf_folder.load_config, hf_folder.load_model):
-        with pytest.raises(SystemExit, match=r"^exports/sft_v1 is no folder. Do that\.$"):
+        with pytest.raises(SystemExit, match=r"^exports/sft_v1 is not a folder. Do that\.$"):
             load("exports/sft_v1", "Do that.")
 
 

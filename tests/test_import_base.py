@@ -319,8 +319,8 @@ def test_a_model_that_cannot_read_is_refused_and_what_was_there_stays(imported, 
     sentence = "has no eos_token '<|endoftext|>'. Name its own with --bos-token"
     assert sentence in refused(imported, "w.pt", TOKENIZER=path, EOS_TOKEN="<|endoftext|>")
     (tokenizer / "tokenizer_config.json").write_text('{"eos_token": 2}')
-    assert "the eos_token of its tokenizer_config.json is no text" in refused(imported, "w.pt", TOKENIZER=path)
-    assert "is no SentencePiece model" in refused(imported, "w.pt", TOKENIZER="w.pt")
+    assert "the eos_token of its tokenizer_config.json is not text" in refused(imported, "w.pt", TOKENIZER=path)
+    assert "is not a SentencePiece model" in refused(imported, "w.pt", TOKENIZER="w.pt")
     (tmp_path / "models" / "base").mkdir(parents=True)
     (tmp_path / "models" / "base" / "thesis.txt").write_text("precious")
     with pytest.raises(SystemExit, match=r"models/base is not empty. Move it away, or name another --base-model"):

@@ -140,7 +140,7 @@ def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
 def test_a_base_that_does_not_load_is_a_sentence(tmp_path):
     base = write_base(tmp_path / "base", tiny_config())
     (base / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(SystemExit, match=r"base is no model folder that loads .* Run resize_vocab.py"):
+    with pytest.raises(SystemExit, match=r"base can't be loaded as a model .* Run resize_vocab.py"):
         sft_model.load_model(base)
     tensors = {"model.norm.weight": torch.ones(64)}
     safetensors.torch.save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

@@ -51,7 +51,11 @@ def checkpoint(tmp_path, monkeypatch):
     (checkpoint.parent / "loss.png").write_bytes(b"curve")
     data = Path("data/sft_v1")
     data.mkdir(parents=True)
-    sources = [{"name": "smol", "revision": "0123456789abcdef"}, {"name": "other"}, {"name": "answers"}]
+    sources = [
+        {"name": "smol", "revision": "0123456789abcdef" * 2 + "01234567"},
+        {"name": "other"},
+        {"name": "answers"},
+    ]
     report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST}
     (data / "report.json").write_text(json.dumps(report))
     (data / "report.md").write_text("| source | train |\n|---|---|\n| answers | 12 |\n")
@@ -65,7 +69,7 @@ def export(checkpoint, state, name="export"):
     (folder / "model.safetensors").write_bytes(b"weights")
     training = model_card.describe(checkpoint, state, 1_234_567, "bfloat16")
     (folder / model_card.TRAINING).write_text(json.dumps(training))
-    model_card.write(folder, "eval-results")
+    model_card.write(folder)
     return folder
 
 

@@ -540,8 +540,8 @@ def test_the_report_says_that_a_limited_run_is_not_the_mixture(tmp_path, small_t
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"examples": 100}, "100 conversations and 100 for validation are wanted, 20 of 20 rows can be used"),
-        ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Is its schema right?"),
+        ({"examples": 100}, "needs 200 conversations, 100 of them for validation, but only 20 of 20 rows are usable"),
+        ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Correct its schema."),
         ({"rows": []}, "none of 0 rows can be trained on"),
         ({"schema": "conversations"}, "none of 20 rows can be trained on (20 no turns in the schema's columns)"),
     ],
@@ -559,7 +559,7 @@ def test_a_refusal_is_one_sentence_and_leaves_nothing(tmp_path, small_tokenizer_
     source = {"name": "s", "path": "s.jsonl", "schema": "messages", "examples": 100}
     (tmp_path / "mixture.json").write_text(json.dumps([source]))
     result = subprocess.run(command_of(tmp_path, small_tokenizer_dir, "out"), capture_output=True, text=True)
-    assert result.returncode == 1 and "100 for validation are wanted" in result.stderr, result.stderr
+    assert result.returncode == 1 and "100 of them for validation" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
 
@@ -590,7 +590,7 @@ def test_a_full_folder_and_a_wrong_setting_are_refused(tmp_path):
         ({"OVERFLOW": "fold"}, "OVERFLOW is 'fold'; it must be one of split, truncate, drop."),
         ({"MAX_SEQ_LEN": 3}, "MAX_SEQ_LEN is 3"),
         ({"DEDUPLICATE": "maybe"}, "DEDUPLICATE is 'maybe'; it must be one of normalised, exact, off."),
-        ({"IDENTITY_PATTERNS": ("(open",)}, "IDENTITY_PATTERNS: '(open' is no regular expression of RE2"),
+        ({"IDENTITY_PATTERNS": ("(open",)}, "IDENTITY_PATTERNS: '(open' isn't a valid RE2 expression"),
         ({"WORKERS": -1}, "WORKERS is -1; it must be at least 0"),
         ({"LIMIT": -1}, "LIMIT is -1; it must be at least 0"),
     ]:

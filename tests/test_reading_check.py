@@ -81,7 +81,7 @@ def test_a_folder_that_does_not_load_is_refused(reader_dir, tmp_path):
     with pytest.raises(SystemExit, match="its model cannot be run with its tokenizer"):
         reading_check.main({"MODEL_DIR": str(folder)})
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(SystemExit, match="is no model folder that loads"):
+    with pytest.raises(SystemExit, match="can't be loaded as a model"):
         reading_check.main({"MODEL_DIR": str(folder)})
     with pytest.raises(SystemExit, match=r"config.json is missing"):
         reading_check.main({"MODEL_DIR": str(tmp_path / "nowhere")})

@@ -177,7 +177,7 @@ REFUSALS = [
         lambda base, tokenizer: edit_json(base / "config.json", num_hidden_layers=3),
         "does not load strictly: {'missing keys",
     ),
-    (lambda base, tokenizer: edit_json(base / "config.json", hidden_size=32), "is no model folder that loads"),
+    (lambda base, tokenizer: edit_json(base / "config.json", hidden_size=32), "can't be loaded as a model"),
     (
         lambda base, tokenizer: (base / "model.safetensors").rename(base / "pytorch_model.bin"),
         "has pytorch_model.bin, but no model.safetensors. Only safetensors are read",
@@ -195,20 +195,20 @@ REFUSALS = [
     ),
     (
         lambda base, tokenizer: edit_weights(base, model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
-        "rotary_emb.inv_freq is no parameter of its model",
+        "rotary_emb.inv_freq is not a parameter of its model",
     ),
     (
         lambda base, tokenizer: edit_weights(base, lm_head__weight=lambda old: old["model.embed_tokens.weight"] + 1),
         "says tied embeddings, but lm_head.weight differs",
     ),
-    (lambda base, tokenizer: edit_tokenizer(tokenizer, swap), "is no extension of the base's tokenizer: token"),
+    (lambda base, tokenizer: edit_tokenizer(tokenizer, swap), "doesn't extend the base's tokenizer: token"),
     (
         lambda base, tokenizer: edit_tokenizer(tokenizer, lambda state: state.update(normalizer={"type": "NFKC"})),
-        "is no extension of the base's tokenizer: its normalizer differs",
+        "doesn't extend the base's tokenizer: its normalizer differs",
     ),
     (
         lambda base, tokenizer: edit_tokenizer(tokenizer, lambda state: state["model"]["merges"].pop()),
-        "is no extension of the base's tokenizer: its model differs",
+        "doesn't extend the base's tokenizer: its model differs",
     ),
     (
         lambda base, tokenizer: edit_json(tokenizer / "tokenizer_config.json", eos_token="<|endoftext|>"),

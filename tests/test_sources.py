@@ -55,7 +55,7 @@ def test_a_source_has_defaults_and_attributes(tmp_path):
         ({"name": "\ud800"}, 'it needs a "name" of valid text'),
         ({"file": "x.json"}, '"file" is a file of a "hub" source'),
         ({"identity_patterns": "x"}, "identity_patterns is 'x'; it must be a list of regular expressions."),
-        ({"identity_patterns": ["("]}, "identity_patterns: '(' is no regular expression of RE2"),
+        ({"identity_patterns": ["("]}, "identity_patterns: '(' isn't a valid RE2 expression"),
         ({"exclude": ["x"]}, "exclude is ['x']; it must be an object of column: [values]"),
     ],
 )
@@ -96,7 +96,7 @@ def test_wrong_files_are_a_sentence(tmp_path):
         ("object.json", "expected a JSON array of rows, found '{\"a\": 1}'"),
         ("text.parquet", "has no column messages; it has text"),
         ("broken.parquet", "not a parquet file.). Check that the file is whole and that you may read it."),
-        ("notes.txt", "is no .jsonl, .json or .parquet file"),
+        ("notes.txt", "isn't a .jsonl, .json or .parquet file"),
     ]:
         with pytest.raises(SystemExit, match=re.escape(sentence)):
             open_rows(tmp_path, path=path)
@@ -160,6 +160,17 @@ def test_hub_sources_are_read_by_name_and_by_file(tmp_path, monkeypatch):
         open_rows(tmp_path, **file, file="in/none.json")
 
 
+def test_the_commit_of_a_hub_data_set_comes_from_its_downloads_or_its_cache():
+    commit = "0123456789abcdef" * 2 + "01234567"
+    addresses = ["https://elsewhere/rows.json", f"hf://datasets/owner/name@{commit}/rows.json"]
+    cache_file = "cache/owner___name/default/0.0.0/{}/name-train.arrow"
+    assert sources.commit_of(addresses, []) == commit
+    assert sources.commit_of(addresses, [cache_file.format("f" * 40)]) == commit
+    assert sources.commit_of([], [cache_file.format(commit)]) == commit
+    assert sources.commit_of([], [cache_file.format("main")]) is None
+    assert sources.commit_of([], []) is None
+
+
 def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pq.write_table(
@@ -216,7 +227,7 @@ def test_json_arrays_that_are_cut_off_keep_what_is_whole(tmp_path, capsys):
         (lambda row: row.replace(b"x", b"\\x", 1), "Invalid \\escape"),
         (lambda row: row.replace(b"[", b"[" * 5000, 1), "recursion"),
         (lambda row: row.replace(b"[", b"[%b, " % (b"9" * 5000), 1), "Exceeds the limit"),
-        (lambda row: row + b"]", "text behind the array's end"),
+        (lambda row: row + b"]", "text after the end of the array"),
         (lambda row: row[:-2], "Expecting ',' delimiter"),
     ],
 )
@@ -224,7 +235,7 @@ def test_damage_in_a_json_array_costs_its_row_and_what_is_behind(tmp_path, capsy
     path, lines = tmp_path / "rows.json", [json.dumps(row).encode() for row in NESTED[:50]]
     lines[7] = damage(lines[7])
     path.write_bytes(b"[" + b", ".join(lines) + b"]")
-    size, number = path.stat().st_size, 7 + (says == "text behind the array's end")
+    size, number = path.stat().st_size, 7 + (says == "text after the end of the array")
     ends_inside = lines[7].endswith(b'"}')  # a lost bracket takes in all rows behind it, and then the file ends
     reason = "truncated file" if ends_inside else "row is not valid JSON"
     for chunk in (64, 1 << 18):

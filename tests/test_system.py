@@ -47,6 +47,8 @@ def test_json_that_cannot_be_read_is_a_sentence(tmp_path, content, sentence):
     with pytest.raises(SystemExit) as refusal:
         system.read_json(tmp_path / "x.json", "step.py")
     assert sentence in str(refusal.value)
+    with pytest.raises(SystemExit, match="Get it again"):  # no script of the suite writes it
+        system.read_json(tmp_path / "x.json")
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -54,7 +56,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     system.write_whole(path, "old")
     with full_disk(10), pytest.raises(OSError):
         system.write_whole(path, b"new" * 100)
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     system.write_whole(path, b"new" * 100)
     assert path.read_bytes() == b"new" * 100 and list(tmp_path.iterdir()) == [path]
 

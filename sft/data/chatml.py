@@ -77,7 +77,7 @@ def special_ids(folder, tokenizer):
     names = hf_folder.token_names(config, folder)
     ids = {kind: names[kind] and tokenizer.token_to_id(names[kind]) for kind in ("bos", "eos", "pad")}
     if names["eos"] != STOP or ids["eos"] is None:
-        raise SystemExit(f"{folder} ends turns with {names['eos']!r}, not {STOP}: name prepare_data.py's tokenizer.")
+        raise SystemExit(f"{folder} ends turns with {names['eos']!r}, not {STOP}. Name prepare_data.py's tokenizer.")
     if ids["pad"] in (None, ids["eos"]):
         raise SystemExit(
             f"{folder} pads with {names['pad']!r}; it must be a token other than {STOP}, which collators would mask. "
@@ -167,7 +167,7 @@ class Encoder:
         states = [text_state(backend, after_control) for after_control in (True, False)]
         self.after_control = text_tokenizer(states[0])
         self.after_text = self.after_control if states[0] == states[1] else text_tokenizer(states[1])
-        # The control ids. The unknown token is none: text may become it, where the model lacks a character.
+        # The control ids. The unknown token isn't one: text may become it, where the model lacks a character.
         added = backend.get_added_tokens_decoder()
         unknown = tokenizer.unk_token_id
         control_ids = [token_id for token_id, token in added.items() if is_control(token) and token_id != unknown]
@@ -337,7 +337,10 @@ def self_test(tokenizer, encoder):
         turns += [("user", f"{text} again"), ("assistant", text)]
         encoded = encoder.encode([turns])[0]
         if encoded is None:
-            raise SystemExit(f"self-test: a special token of the base is plain text: {text!r} holds it.")
+            raise SystemExit(
+                f"self-test: a special token of the base is plain text: {text!r} holds it. Choose another token in the "
+                "base's tokenizer_config.json."
+            )
         ids, mask = concatenate(encoder.bos, encoded)
         messages = [{"role": role, "content": content} for role, content in turns]
         check_generation_prompt(tokenizer, encoder, messages[:-1])
@@ -355,13 +358,13 @@ def self_test(tokenizer, encoder):
     line = f"self-test: of {len(PROBES)} conversations, {same_ids} have the saved template's ids, {same_masks} its "
     line += "masks too"
     if crossing:
-        line += f"; pieces of this tokenizer cross newlines ({crossing[0]!r}), and the generation prompt's ids, which "
-        line += "inference sees, go before"
+        line += f"; pieces of this tokenizer cross newlines ({crossing[0]!r}), and training uses the generation "
+        line += "prompt's ids, which inference sees"
     if unexplained:
         line += f"; WARNING: {len(unexplained)} differ although no piece crosses a newline: "
         line += first_difference(tokenizer, *unexplained[0])
     if same_masks < same_ids:
-        line += "; its masks follow character offsets, which byte fallback blurs, ours are placed turn by turn"
+        line += "; the template's masks are off where byte fallback is used; ours are exact"
     return line
 
 
@@ -371,7 +374,10 @@ def check_generation_prompt(tokenizer, encoder, messages):
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     ending = prompt[-len(trained) :]
     if ending != trained:
-        raise SystemExit(f"self-test: the generation prompt ends in {ending}, trained is {trained}.")
+        raise SystemExit(
+            f"self-test: the generation prompt ends in {ending}, but training uses {trained}. Choose a base with "
+            "another tokenizer."
+        )
 
 
 def first_difference(tokenizer, theirs, ours):
@@ -379,6 +385,6 @@ def first_difference(tokenizer, theirs, ours):
     index = next(i for i, pair in enumerate(itertools.zip_longest(theirs, ours)) if pair[0] != pair[1])
     their_text, our_text = (tokenizer.decode(ids[index : index + 3]) for ids in (theirs, ours))
     return (
-        f"from token {index} on, the template has {their_text!r}, trained is {our_text!r}; inference gives earlier "
-        "turns the template's ids"
+        f"from token {index} on, the template has {their_text!r}, but training uses {our_text!r}; inference gives "
+        "earlier turns the template's ids"
     )

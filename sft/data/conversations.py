@@ -76,7 +76,7 @@ def reason_to_reject(turns):
 
 # ==== Repairs ====
 
-LOSSES = (  # changes that leave text out or move it: each has a line in rejected.jsonl
+LOGGED_CHANGES = (  # changes that leave text out or move it: each has a line in rejected.jsonl
     "assistant turn before the first user turn left out",
     "two turns of one role merged",
     "unanswered last user turn left out",

@@ -7,6 +7,7 @@ few-shot examples. Used by prepare_data.py.
 
 import contextlib
 import hashlib
+import io
 import itertools
 import logging
 import multiprocessing
@@ -28,7 +29,7 @@ NGRAM = 13  # words in a row shared with a question; 13 as in Brown et al. 2020 
 BOILERPLATE = 10  # an n-gram in more questions of a task than this is a formula of its prompts
 COUNTS = ("questions", "ngrams", "too_short", "boilerplate")
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over the words of an n-gram; odd, so no word is shifted out
-WITHOUT = '--decontaminate-against "" (the comparison before/after then proves less)'
+WITHOUT = '--decontaminate-against "" (contaminated scores may then look better than they are)'
 
 
 # ==== Words and n-grams ====
@@ -140,7 +141,7 @@ def task_ngrams(tasks, n, hash_of):
     return kept, (len(per_question), len(kept), too_short, len(ngrams) - len(kept))
 
 
-def save(path, n, names, ngrams, counts, words):
+def save_ngrams(path, n, names, ngrams, counts, words):
     """Write the file in one step. ngrams: for each task its uint64 n-grams; counts: for each task those of COUNTS.
 
     Its arrays: n; hashes, sorted uint64; task_of, uint16: the first task that has the n-gram; tasks, str; counts,
@@ -157,16 +158,12 @@ def save(path, n, names, ngrams, counts, words):
         "counts": np.array(counts),
         "words": np.frombuffer("\n".join(sorted(words)).encode(), np.uint8),
     }
-    staging = system.unfinished(path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     try:
-        with staging.open("wb") as file:
-            np.savez(file, **arrays)
-        staging.replace(path)
+        system.write_whole(path, content.getvalue())
     except OSError as error:
         raise SystemExit(f"{path} cannot be written ({error}). Free disk space.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink()
 
 
 def write_ngrams(names, include_path, path):
@@ -192,13 +189,13 @@ def write_ngrams(names, include_path, path):
                 cause = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
                 cause = textwrap.shorten(cause, 300).rstrip(".")
                 raise SystemExit(
-                    f"{name} cannot be compared: {cause}. Make it reachable, or go on without it: {WITHOUT}."
+                    f"{name} cannot be compared: {cause}. Make it reachable, or continue without it: {WITHOUT}."
                 ) from None
             ngrams.append(task_hashes)
             counts.append(numbers)
             line = "{:,} questions, {:,} n-grams, {:,} questions too short, {:,} n-grams of boilerplate"
             print(f"{name}: {line.format(*numbers)}", flush=True)
-    save(path, NGRAM, names, ngrams, counts, hash_of)
+    save_ngrams(path, NGRAM, names, ngrams, counts, hash_of)
 
 
 # ==== The process that reads the questions ====
@@ -213,7 +210,7 @@ def find_overlap(names, include_path, path):
     if not names:
         return None
     if include_path and not Path(include_path).is_dir():
-        raise SystemExit(f"No folder {include_path}; --tasks-include-path names a folder with task definitions.")
+        raise SystemExit(f"No folder {include_path}. Name a folder with task definitions with --tasks-include-path.")
     child = multiprocessing.get_context("spawn").Process(target=child_main, args=(names, include_path, path))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits this: Ctrl-C is left to its parent
     try:
@@ -228,7 +225,7 @@ def find_overlap(names, include_path, path):
     if child.exitcode < 0:
         raise SystemExit(
             f"Reading the evaluation's questions was ended by signal {-child.exitcode}, most likely out of memory. "
-            f"Free some, or go on without them: {WITHOUT}."
+            f"Free some, or continue without them: {WITHOUT}."
         )
     if child.exitcode:
         raise SystemExit(child.exitcode)

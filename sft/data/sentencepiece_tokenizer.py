@@ -1,4 +1,6 @@
-"""Turn a SentencePiece `tokenizer.model` into the same tokenizer for the `tokenizers` library, and check that it is.
+"""Turn a SentencePiece `tokenizer.model` into the same tokenizer for the `tokenizers` library.
+
+It checks on several texts that both give the same ids.
 
 transformers has a converter for each model family it knows; they rename the first three pieces or leave out the
 normaliser, so a model of your own would not survive. Used by import_base.py.
@@ -38,7 +40,7 @@ def convert(path, add_bos, text):
         original = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as error:  # protobuf and sentencepiece raise their own
         raise SystemExit(
-            f"{path} is no SentencePiece model ({error}). Name tokenizer.model or tokenizer.json."
+            f"{path} is not a SentencePiece model ({error}). Name tokenizer.model or tokenizer.json."
         ) from None
     unknown = original.id_to_piece(original.unk_id())
     tokenizer = Tokenizer(convert_model(path, proto, original.unk_id(), unknown))
@@ -78,7 +80,10 @@ def convert_model(path, proto, unknown_id, unknown):
         normal = sorted((-piece.score, i) for i, piece in enumerate(proto.pieces) if piece.type == NORMAL)
         pairs = merges({proto.pieces[token_id].piece: token_id for _, token_id in normal})
         return models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
-    raise SystemExit(f"{path} is a SentencePiece model of words or characters; only BPE and unigram are read.")
+    raise SystemExit(
+        f"{path} is a SentencePiece model of words or characters; only BPE and unigram are read. Convert it yourself "
+        "and name the tokenizer.json."
+    )
 
 
 def merges(pieces):

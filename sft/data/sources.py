@@ -97,7 +97,8 @@ def read_mixture(mixture):
             raise SystemExit(f"The mixture file {path} cannot be read ({error}). Correct it or --mixture.") from None
     if not isinstance(mixture, list) or not mixture or not all(isinstance(row, dict) for row in mixture):
         raise SystemExit(
-            "A mixture must be a non-empty list of sources, each an object with name, path or hub, schema, examples."
+            "A mixture must be a non-empty list of sources, each an object with name, path or hub, schema, "
+            "examples. Correct --mixture."
         )
     known = [field.name for field in dataclasses.fields(Source)]
     sources = []
@@ -109,7 +110,7 @@ def read_mixture(mixture):
             sources.append(Source(**row))
         except (TypeError, ValueError) as error:
             problem = str(error).removeprefix("Source.__init__() ")
-            raise SystemExit(f"Source {number} of the mixture ({row.get('name')!r}): {problem}.") from None
+            raise SystemExit(f"Source {number} of the mixture ({row.get('name')!r}): {problem}. Correct it.") from None
     for name, count in Counter(source.name for source in sources).items():
         if count > 1:
             raise SystemExit(f"Two sources of the mixture have the name {name!r}. Rename one.")
@@ -126,12 +127,12 @@ def check_patterns(patterns, name):
         try:
             pc.extract_regex(pa.array([""]), f"(?i)(?P<match>{pattern})")  # refuses plain groups, too: write (?:...)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{name}: {pattern!r} is no regular expression of RE2 ({error})") from None
+            raise ValueError(f"{name}: {pattern!r} isn't a valid RE2 expression ({error})") from None
 
 
 # ==== Rows of a file ====
 
-DECODER, BETWEEN = json.JSONDecoder(), re.compile(r"[, \t\r\n]*")
+DECODER, SEPARATORS = json.JSONDecoder(), re.compile(r"[, \t\r\n]*")
 UNFINISHED = re.compile(r"[-+.\\\w]*")  # the text from an error to its end, if more text could mend the error
 LONGEST_ROW = 16 << 20  # characters in a JSON array; without a bound, a lost bracket would take in the whole file
 
@@ -237,7 +238,7 @@ def line_spans(path):
 def array_spans(path, chunk=1 << 18):
     """Find the elements of the JSON array in the file `path`, which is read in a stream, `chunk` characters at a time.
 
-    Returns: (begin and end of each element in bytes, Damage or None). What comes before damage is kept; nothing behind
+    Returns: (begin and end of each element in bytes, Damage or None). What comes before damage is kept; nothing after
     it is read. Raises: SystemExit if there is no array.
     """
     spans, byte = array("q"), array_start(path)
@@ -246,7 +247,7 @@ def array_spans(path, chunk=1 << 18):
         file = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline="")
         text, index, at_end = "", 0, False  # text[index] is the file's `byte`
         while True:
-            begin = BETWEEN.match(text, index).end()
+            begin = SEPARATORS.match(text, index).end()
             end, error, open_ended = decode_element(text, begin)
             if open_ended and not at_end and len(text) - index < LONGEST_ROW:
                 text, index = text[index:], 0
@@ -261,7 +262,7 @@ def array_spans(path, chunk=1 << 18):
         if text.startswith("]", begin):
             if not (text[begin + 1 :] + file.read(chunk)).strip():
                 return spans, None
-            end, error = begin + 1, "text behind the array's end"
+            end, error = begin + 1, "text after the end of the array"
     reason = "row is not valid JSON"
     if open_ended:
         reason = "truncated file" if at_end else "longer than a million characters"
@@ -270,7 +271,7 @@ def array_spans(path, chunk=1 << 18):
 
 
 def array_start(path):
-    """Return the byte behind the "[" of the JSON array in the file `path`. Raises: SystemExit if there is none."""
+    """Return the byte after the "[" of the JSON array in the file `path`. Raises: SystemExit if there is none."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
     opening = re.match(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[", head)
@@ -294,7 +295,7 @@ def decode_element(text, begin):
         return error.pos, error.msg, open_ended
     except system.JSON_ERRORS as error:  # a number of over 4,300 digits, a thousand brackets
         return begin, str(error), False
-    return end, None, end == len(text)  # a number may go on
+    return end, None, end == len(text)  # a number may continue
 
 
 def size_in_bytes(text):
@@ -304,14 +305,14 @@ def size_in_bytes(text):
 
 # ==== Where a source is ====
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk or the quota is full
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk or the quota is full
 
 
 def find_source(source, folder):
     """Find the file or hub data of a Source without reading its rows; relative paths start from `folder`.
 
     Returns: (a function that opens the rows, an object with a length, `take` and `damage`; the fingerprint, a dict that
-    differs when the rows do, with the hub's commit or files under "revision").
+    differs when the rows do, with the hub's commit, or None, under "revision").
     Raises: SystemExit if the file, the hub or a column is missing.
     """
     if source.path is not None:
@@ -324,14 +325,30 @@ def find_source(source, folder):
         commit = path.parents[len(Path(source.file).parts) - 1].name
         return find_file(source, path, commit)
     rows = with_columns(source, fetch(source, lambda: load_hub(source)))
-    revision = sorted(rows.info.download_checksums or ())
-    return lambda: ArrowRows(rows), {"rows": len(rows), "revision": revision}
+    files = sorted(rows.info.download_checksums or ())
+    cache_files = [file["filename"] for file in rows.cache_files]
+    fingerprint = {"rows": len(rows), "files": files, "revision": commit_of(files, cache_files)}
+    return lambda: ArrowRows(rows), fingerprint
+
+
+def commit_of(addresses, cache_files):
+    """Return the commit (40 hex digits) of a data set that `datasets` loaded from the hub, or None if nothing shows it.
+
+    addresses: of its downloaded files, such as hf://datasets/OWNER/NAME@COMMIT/FILE; cache_files: paths of its Arrow
+    files, whose folder `datasets` calls after the commit.
+    """
+    for address in addresses:
+        match = re.search("@([0-9a-f]{40})/", address)
+        if match:
+            return match[1]
+    folder = Path(cache_files[0]).parent.name if cache_files else ""
+    return folder if re.fullmatch("[0-9a-f]{40}", folder) else None
 
 
 def find_file(source, path, revision):
     """Return what find_source does for a file. revision: the hub's commit that it is from, or None."""
     if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise SystemExit(f"{source.name}: {path} is no .jsonl, .json or .parquet file. Convert it to one of them.")
+        raise SystemExit(f"{source.name}: {path} isn't a .jsonl, .json or .parquet file. Convert it to one of them.")
     fingerprint = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
     if path.suffix != ".parquet":
         return lambda: open_json(source, path), fingerprint
@@ -368,7 +385,9 @@ def open_json(source, path):
         if isinstance(row, dict):
             missing -= set(row)
     if missing:
-        raise SystemExit(f'{source.name}: no row of {path} has {min(missing)!r}, a column of its "exclude".')
+        raise SystemExit(
+            f'{source.name}: no row of {path} has {min(missing)!r}, a column of its "exclude". Correct that.'
+        )
     return rows
 
 
@@ -378,7 +397,8 @@ def with_columns(source, rows):
     for column in columns:
         if column not in rows.column_names:
             raise SystemExit(
-                f"{source.name}: {source.location} has no column {column}; it has {', '.join(rows.column_names)}."
+                f"{source.name}: {source.location} has no column {column}; it has {', '.join(rows.column_names)}. "
+                "Correct the source's schema or exclude."
             )
     return rows.select_columns(columns)
 
@@ -405,4 +425,4 @@ def fetch(source, load):
 
 def means_full(error):
     """Return whether an exception says that the disk is full."""
-    return getattr(error, "errno", None) in FULL or "enough disk space" in str(error)
+    return getattr(error, "errno", None) in DISK_FULL or "enough disk space" in str(error)
