@@ -107,7 +107,6 @@ class State:
     fingerprints: dict  # SHA-256 of "data", "tokenizer" and "base"
     versions: dict  # of hardware.versions()
     world_size: int
-    base_model: str  # folder
     plan: dict = field(default_factory=dict)  # of memory_plan.Plan
     total_steps: int = 0
     step: int = 0  # optimizer steps done
@@ -494,7 +493,6 @@ def initial_state(args, world_size):
         fingerprints=check_inputs(args["DATA_DIR"], args["RESIZED_MODEL"]),
         versions=hardware.versions(),
         world_size=world_size,
-        base_model=args["RESIZED_MODEL"],
     )
 
 
@@ -567,7 +565,7 @@ def run(args, device, mesh, locks):
     stop = distributed.Stop(folder)
     if train(model, optimizer, loader, validator, args, state, log, stop):
         stop.clear()
-        log.say(f"Stopped after step {state.step}, as asked. To continue, in {Path.cwd()}:")
+        log.say(f"Stopped after step {state.step}, as requested. To continue, in {Path.cwd()}:")
         log.say(distributed.resume_command())
     log.close()
 

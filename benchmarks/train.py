@@ -159,7 +159,7 @@ def meet(barrier):
 
 
 def seconds_of(shapes, threads, seconds):
-    """Return {shape: seconds of one bfloat16 matmul}; runs in a process of its own, beside the other ranks'."""
+    """Return {shape: seconds of one bfloat16 matmul}; runs in its own process, at the same time as the other ranks'."""
     import torch
 
     torch.set_num_threads(threads)

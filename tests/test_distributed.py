@@ -84,7 +84,7 @@ def test_a_stop_file_ends_the_run_in_order(runs, two_ranks):
     stdout = trained(runs, "stopped", 2, RESUME="step_000010")
     assert not (stopped / "STOP").exists()
     assert checkpoints.latest_whole(stopped).name == "step_000011"
-    again = shlex.split(stdout.partition("Stopped after step 11, as asked. To continue, in ")[2].splitlines()[1])
+    again = shlex.split(stdout.partition("Stopped after step 11, as requested. To continue, in ")[2].splitlines()[1])
     assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
     assert_same_run(stopped, two_ranks)
 
@@ -99,13 +99,13 @@ def test_a_signal_to_any_rank_ends_the_run_in_order_and_a_second_run_is_refused_
         os.kill(rank(process, 1), signal.SIGTERM)
         stdout = process.communicate(timeout=60)[0]
         assert process.returncode == 0, stdout
-    last = int(re.search(r"Stopped after step (\d+), as asked", stdout)[1])
+    last = int(re.search(r"Stopped after step (\d+), as requested", stdout)[1])
     assert checkpoints.latest_whole(folder).name == checkpoints.checkpoint_name(last)
     following = folder / checkpoints.checkpoint_name(last // 10 * 10 + 10)
     with running(line, following) as process:
         process.send_signal(signal.SIGINT)
         stdout = process.communicate(timeout=60)[0]
-        assert process.returncode == 1 and "as asked" in stdout, stdout
+        assert process.returncode == 1 and "as requested" in stdout, stdout
 
 
 def test_a_slow_disk_is_no_hanging_rank_and_a_second_interrupt_ends_the_run_at_once(runs, tmp_path):

@@ -456,7 +456,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path):
     def check(**changes):
         fingerprints = {"data": "a", "tokenizer": "b", "base": "c"} | changes.get("fingerprints", {})
         settings = {"SEED": 1, "SEQUENCES_PER_STEP": 32} | changes.get("settings", {})
-        state = sft_v1.State(settings, fingerprints, versions={}, world_size=1, base_model="base")
+        state = sft_v1.State(settings, fingerprints, versions={}, world_size=1)
         sft_v1.check_folder(tmp_path, state)
         return state
 

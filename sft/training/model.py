@@ -32,7 +32,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     longest = max(lengths)
     window = kwargs.get("sliding_window")
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and longest > window):
-        raise ValueError("its attention has a soft cap, sinks or a sliding window, which packed_attention has not.")
+        raise ValueError("its attention has a soft cap, sinks or a sliding window.")
     if query.device.type == "cpu":
         return cpu_attention(query, key, value, lengths, scaling), None
     # torch's variable-length flash attention; torch 2.11 asks for equal numbers of query and key heads.

@@ -130,7 +130,7 @@ def half_deleted(strike):
     plain = shutil.rmtree
 
     def rmtree(path, *args, **kwargs):
-        # A save also removes what stands under its own names, where usually nothing stands.
+        # A save also removes folders of its own two names, which usually do not exist.
         if Path(path).is_dir() and re.fullmatch(r"step_\d+", Path(path).name):
             sorted(Path(path).iterdir())[-1].unlink()
             strike()
@@ -382,10 +382,10 @@ def record(run):
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 
-# ==== Check ====
+# ==== Faults and what came of them ====
 
 
-class Check:
+class Faults:
     """Counts what was done to the run and what came of it."""
 
     def __init__(self, folder, steps, save_every, seed):
@@ -506,29 +506,29 @@ class Check:
             self.check(code, before, "no fault")
 
 
-def check(folder, kills, steps, save_every, seed, through_torchrun):
+def inject(folder, kills, steps, save_every, seed, through_torchrun):
     """Do `kills` kills in `folder`, at each point in turn and at random times; return the counts."""
-    check, turn = Check(Path(folder), steps, save_every, seed), 0
-    while check.counts["kills"] < kills:
+    faults, turn = Faults(Path(folder), steps, save_every, seed), 0
+    while faults.counts["kills"] < kills:
         if through_torchrun and turn % 20 == 19:
-            check.kill_torchrun(check.rng.choice(VICTIMS))
+            faults.kill_torchrun(faults.rng.choice(VICTIMS))
         elif turn % 3 == 2:
-            check.kill(None, check.rng.choice(VICTIMS))
+            faults.kill(None, faults.rng.choice(VICTIMS))
         else:
             point = list(POINTS)[turn * 2 // 3 % len(POINTS)]
-            passes = 1 if point in ONCE else check.rng.choice((1, 1, 2, 3))
-            check.kill(point, check.rng.choice(("itself", "all", "launcher")), passes)
-        if check.rng.random() < 0.3:
-            check.damage()
+            passes = 1 if point in ONCE else faults.rng.choice((1, 1, 2, 3))
+            faults.kill(point, faults.rng.choice(("itself", "all", "launcher")), passes)
+        if faults.rng.random() < 0.3:
+            faults.damage()
         turn += 1
-    check.to_the_end()
-    return check.counts
+    faults.to_the_end()
+    return faults.counts
 
 
 def main():
     common.machine()
     with tempfile.TemporaryDirectory() as folder:
-        counts = check(folder, 8 if QUICK else KILLS, STEPS, SAVE_EVERY, SEED, not QUICK)
+        counts = inject(folder, 8 if QUICK else KILLS, STEPS, SAVE_EVERY, SEED, not QUICK)
     common.result(**counts)
     if counts["lost"] or counts["wrong"] or counts["caught"] != counts["corruptions"]:
         raise SystemExit("A checkpoint was lost or wrong. The lines above name it.")

@@ -69,7 +69,7 @@ JINJA = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__glob
 
 
 def anything(rng, depth=0):
-    """Return a JSON value of any type: what stands where something else should."""
+    """Return a JSON value of any type, to put where another type belongs."""
     kind = rng.randrange(8 if depth < 3 else 6)
     if kind < 6:
         return rng.choice(SCALARS)
@@ -297,7 +297,7 @@ def feed_report(world, state, files):
         (world.folder / name).write_bytes(data)
     (world.folder / "base/x.safetensors").touch()
     world.sft_v1.check_inputs(str(world.folder / "data"), str(world.folder / "base"))
-    state = world.sft_v1.State(**state, versions={}, world_size=1, base_model="base")
+    state = world.sft_v1.State(**state, versions={}, world_size=1)
     world.sft_v1.check_folder(world.folder / "out", state)
 
 
