@@ -232,8 +232,9 @@ def refuse_too_few(source, selection):
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
     if source.examples != "all" and not selection.complete:
         raise SystemExit(
-            f"{source.name} needs {selection.goal:,} conversations, {selection.held_out:,} of them for validation, but "
-            f'only {counts["kept"]:,} of {counts["read"]:,} rows are usable ({reasons}). Lower "examples" or say "all".'
+            f"{source.name}: {selection.goal:,} conversations are needed, {selection.held_out:,} of them to validate. "
+            f"Of {counts['read']:,} rows, {counts['kept']:,} are usable ({reasons}). "
+            'Lower "examples" or say "all".'
         )
     if not counts["conversations"]:
         raise SystemExit(

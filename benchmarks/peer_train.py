@@ -5,8 +5,8 @@
 
 Both read the split "ordered" of a prepared folder from its first row on and update after MICRO_BATCH x ACCUMULATION
 sequences, summed over the processes: under torchrun TRL trains on several. float32 weights and moments, bfloat16
-autocast, AdamW as in sft_v1.py, no activation checkpointing unless asked for. Prints one line of JSON: step_seconds,
-losses (per trainable token), peak_gib.
+autocast, AdamW as in sft_v1.py, activation checkpointing only with --checkpointing. Prints one line of JSON:
+step_seconds, losses (per trainable token), peak_gib.
 """
 
 import json

@@ -276,7 +276,7 @@ def torchrun(line, timeout=300):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     result = subprocess.run(line, capture_output=True, text=True, env=env, timeout=timeout)
     if re.search(r"DistNetworkError|DistStoreError|Rendezvous\w*Error|[Gg]loo connect", result.stderr):
-        # The processes did not find each other on a loaded machine; the script itself had not begun.
+        # The processes did not find each other on a loaded machine; the script itself had not started.
         result = subprocess.run(line, capture_output=True, text=True, env=env, timeout=timeout)
     return result
 

@@ -322,7 +322,7 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
         (
             None,
             [("Ċ", "d")],
-            r"5 have .*; pieces of this tokenizer cross newlines \('\\nd'\), and the generation prompt's",
+            r"5 have .*; pieces of this tokenizer cross newlines \('\\nd'\), and training uses the",
         ),
         (
             normalizers.Strip(),
