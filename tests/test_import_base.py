@@ -299,7 +299,7 @@ def test_a_tokenizer_of_another_model_is_refused_and_a_smaller_one_is_reported(
     name = "model.embed_tokens.weight"
     save_file(state | {name: state[name][:399].clone()}, tmp_path / "small.safetensors")
     message = refused(imported, "small.safetensors")
-    assert "400 tokens, the model's embedding 399 rows: it is another model's" in message
+    assert "400 tokens, but the model's embedding has 399 rows: this tokenizer belongs to" in message
     save_file(state | {name: torch.cat([state[name], state[name][:3]])}, tmp_path / "padded.safetensors")
     assert json.loads((imported("padded.safetensors") / "config.json").read_text())["vocab_size"] == 403
     assert "; 3 rows without a token" in capsys.readouterr().out
