@@ -230,7 +230,7 @@ def refuse_too_few(source, selection):
     """Raise SystemExit if the rows of a source did not suffice."""
     counts = selection.counts
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
-    if source.examples != "all" and not selection.complete:
+    if counts["kept"] and source.examples != "all" and not selection.complete:
         raise SystemExit(
             f"{source.name}: {selection.goal:,} conversations are needed, {selection.held_out:,} of them to validate. "
             f"Of {counts['read']:,} rows, {counts['kept']:,} are usable ({reasons}). "

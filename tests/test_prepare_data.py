@@ -547,6 +547,10 @@ def test_the_report_says_that_a_limited_run_is_not_the_mixture(tmp_path, small_t
         ),
         ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Correct its schema."),
         ({"rows": []}, "none of 0 rows can be trained on"),
+        (
+            {"schema": "conversations", "examples": 5},
+            "none of 20 rows can be trained on (20 no turns in the schema's columns). Correct its schema.",
+        ),
         ({"schema": "conversations"}, "none of 20 rows can be trained on (20 no turns in the schema's columns)"),
     ],
 )
