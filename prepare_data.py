@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from sft import settings, system
-from sft.data import chatml, conversations, data_report, decontamination, sources, workers, writer
+from sft.data import chatml, conversations, data_report, decontamination, hub, sources, workers, writer
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
@@ -66,8 +66,8 @@ MIXTURE = [  # the sources; as a flag, the path of a JSON file with such a list
     {"name": "tulu", "hub": "allenai/tulu-3-sft-mixture", "revision": "main",
      "split": "train", "schema": "messages", "examples": 100_000, "seed": 42,
      "exclude": {"source": ["ai2-adapt-dev/tulu_hard_coded_repeated_10"]}},  # 240 rows that say who Tülu is
-    {"name": "metamath", "hub": "meta-math/MetaMathQA", "revision": "main",
-     "split": "train", "schema": "query/response", "examples": 50_000, "seed": 42},
+    {"name": "metamath", "hub": "meta-math/MetaMathQA", "file": "MetaMathQA-395K.json", "revision": "main",
+     "schema": "query/response", "examples": 50_000, "seed": 42},
 ]
 # fmt: on
 VALIDATION_CONVERSATIONS = 100  # per source, on top of its examples; of "all" every tenth, up to this number
@@ -427,7 +427,7 @@ def main(args):
     except ChildProcessError:
         raise SystemExit(f"A worker was killed, most likely out of memory. Lower WORKERS. {later}") from None
     except OSError as error:
-        remedy = "Free disk space." if error.errno in sources.DISK_FULL else "Check the folder and your rights to it."
+        remedy = "Free disk space." if error.errno in hub.DISK_FULL else "Check the folder and your rights to it."
         raise SystemExit(f"{data_dir} cannot be written ({error}). {remedy} {later}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped. {later}") from None
