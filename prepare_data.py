@@ -48,9 +48,9 @@ DATA_DIR = "data/sft_v1"  # folder to write; must be empty or missing
 #   schema             its columns: a name in SCHEMAS in sft/data/conversations.py
 #   examples           conversations kept for training, after all rejections, or "all"
 # and optionally
-#   revision           of a hub data set: its branch, tag or commit ("main")
+#   revision           of a hub data set: its branch, tag or commit ("main"); report.json records the commit
 #   config, split      of a hub data set (its default config, "train"); a "file" needs neither
-#   file               the path of one file in a hub data set, read like a local one
+#   file               the path of one file in a hub data set, read like a local one: a JSON array in little memory
 #   seed               of the draw (42)
 #   repeat             times each conversation is trained on (1)
 #   exclude            {column: [values whose rows are left out]}

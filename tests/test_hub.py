@@ -19,6 +19,7 @@ import huggingface_hub
 import loopback_hub
 import pytest
 from helpers import ROOT, chat, source
+from huggingface_hub.utils import httpx
 from loopback_hub import METAMATH, OPENHERMES, SMOLTALK, TULU
 
 import prepare_data
@@ -71,9 +72,11 @@ def test_the_mixture_is_prepared_from_the_hub_and_its_commits_are_never_mixed(hu
     """Three runs: one that fails at its last source, its repetition after a branch moved, and one without a hub."""
     commits = loopback_hub.commit_mixture(hub)
     hub.faults = [{"path": f"GET /datasets/{OPENHERMES}/blob", "times": 1, "cut": 10_000}]  # resumed by the client
-    hub.faults += [{"path": f"GET /api/datasets/{TULU}/tree", "times": 1, "status": 503}]
+    hub.faults += [{"path": f"GET /api/datasets/{TULU}/revision", "times": 1, "status": 503}]
     failed = run(tmp_path, hub, small_tokenizer_dir, "out", metamath=1000)
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "WARNING: tulu: HfHubHTTPError: Server error '503" in failed.stderr
+    assert "The next attempt is in 0.1 s." in failed.stderr
     assert failed.stderr.rpartition("metamath: ")[2].startswith("1,010 conversations are needed"), failed.stderr
     for name, repo in (("smoltalk", SMOLTALK), ("openhermes", OPENHERMES), ("tulu", TULU), ("metamath", METAMATH)):
         assert f"{name}: fetching {repo}\n" in failed.stdout
@@ -230,6 +233,13 @@ def test_the_hub_says_when_to_come_back_and_a_minute_is_outlasted(hub, waits, ca
     assert waits == [33, 33]
     assert capsys.readouterr().err.count("429 Too Many Requests") == 2
     assert sum(hub_module.RETRY_WAITS) > 60
+
+
+def test_a_firewall_is_not_taken_for_a_read_only_cache():
+    error = httpx.ConnectError("Operation not permitted")
+    error.__cause__ = PermissionError(errno.EPERM, "Operation not permitted")
+    assert hub_module.diagnose(error)[0] is hub_module.TEMPORARY
+    assert "write to the hub's cache" in hub_module.diagnose(error.__cause__)[0]
 
 
 def gated(status):

@@ -162,7 +162,6 @@ def is_offline(error):
 FAILURES = [  # (which exceptions, what to do about them): the first that fits one in the chain of causes
     (has_errno(DISK_FULL), FREE_DISK),
     (says("enough disk space"), FREE_DISK),
-    (has_errno(NO_RIGHTS), "Get the right to write to the hub's cache {home}, or set HF_HOME to another folder."),
     (is_offline, OFFLINE),
     (of_class(hub_errors.GatedRepoError), "Accept its terms at {page}, then log in: hf auth login."),
     (of_class(hub_errors.RevisionNotFoundError), 'Correct its "revision", a branch, tag or commit ({page}).'),
@@ -179,6 +178,7 @@ FAILURES = [  # (which exceptions, what to do about them): the first that fits o
     ),
     (has_status(408, 429, *range(500, 600)), TEMPORARY),
     (of_class(httpx.TransportError, ConnectionError, TimeoutError, hub_errors.XetDownloadError), TEMPORARY),
+    (has_errno(NO_RIGHTS), "Get the right to write to the hub's cache {home}, or set HF_HOME to another folder."),
     (of_class(hub_errors.LocalEntryNotFoundError), TEMPORARY),
     (says("LocalEntryNotFoundError", "Consistency check failed"), TEMPORARY),  # `datasets` leaves out the cause
     (says("BuilderConfig", "Config name is missing"), 'Correct its "config".'),
