@@ -291,7 +291,8 @@ def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, 
     rows = [chat(f"clean {n}", "yes") for n in range(20)] + [chat(question.upper(), answer)]
     flags = [
         "--decontaminate-against",
-        "demo_persona,demo_general",
+        "demo_persona",
+        "demo_general",
         "--tasks-include-path",
         str(ROOT / "demo" / "tasks"),
     ]
