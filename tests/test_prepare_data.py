@@ -301,7 +301,10 @@ def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, 
     [line] = rejected_of(tmp_path / "out")
     assert line["row"] == 20 and line["reason"] == "contaminated: demo_general" and len(line["detail"].split()) == 13
     assert [task["task"] for task in report_of(tmp_path / "out")["evaluation"]] == ["demo_persona", "demo_general"]
-    assert "| demo_general | 64 |" in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| task | questions | too short to compare | formulas left out | s |" in text
+    too_short = report_of(tmp_path / "out")["evaluation"][1]["too_short"]
+    assert f"| demo_general | 64 | {too_short} | 0 | 1 |" in text and "formulas: runs of 13 words" in text
 
 
 # ---- Kills and restarts ----

@@ -66,13 +66,14 @@ def evaluation_table(report):
         f"Conversations rejected because they share {decontamination.NGRAM} words in a row with a question of the "
         "evaluation:",
         "",
-        f"| task | questions | too short to compare | {' | '.join(names)} |",
-        "|---|---:|---:|" + "---:|" * len(names),
+        f"| task | questions | too short to compare | formulas left out | {' | '.join(names)} |",
+        "|---|---:|---:|---:|" + "---:|" * len(names),
     ]
     for task in report["evaluation"]:
         hits = [source["reasons"].get(f"contaminated: {task['task']}", 0) for source in report["sources"]]
-        cells = [f"{count:,}" for count in (task["questions"], task["too_short"], *hits)]
+        cells = [f"{count:,}" for count in (task["questions"], task["too_short"], task["boilerplate"], *hits)]
         lines.append(f"| {task['task']} | {' | '.join(cells)} |")
+    lines += ["", f"formulas: runs of {decontamination.NGRAM} words that a task repeats around different texts."]
     return lines
 
 
