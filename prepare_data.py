@@ -407,23 +407,24 @@ def main(args):
         return
     started = time.perf_counter()
     mixture, folder = sources.read_mixture(args["MIXTURE"])
-    data_dir = Path(args["DATA_DIR"])
-    system.refuse_unless_empty(data_dir, "--data-dir")
-    staging = system.unfinished(data_dir)
+    data_dir = system.refuse_unless_empty(args["DATA_DIR"], "--data-dir")
+    if "::" in str(data_dir):  # to `datasets`, a chain of addresses
+        raise SystemExit(f'{data_dir}: `datasets` cannot read a folder with "::" in its path. Name another --data-dir.')
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork; see workers.serve
-    later = f"Finished sources, if any, stay in {staging}; the same command continues after them."
+    later = "Finished sources, if any, stay in {}; the same command continues after them."
+    later = later.format(system.unfinished(data_dir))
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with system.lock(staging, "--data-dir"):
+        staging, handle = system.claim(data_dir, "--data-dir")
+        with handle:
             try:
                 report = prepare(args, mixture, folder, staging)
                 if data_dir.exists():
                     data_dir.rmdir()
                 (staging / "data").rename(data_dir)
-                shutil.rmtree(staging, ignore_errors=True)
+                system.remove_claimed(staging)
             finally:
                 if not any((staging / "progress").glob("*.json")):  # nothing is finished: nothing to keep
-                    shutil.rmtree(staging, ignore_errors=True)
+                    system.remove_claimed(staging)
     except ChildProcessError:
         raise SystemExit(f"A worker was killed, most likely out of memory. Lower WORKERS. {later}") from None
     except OSError as error:

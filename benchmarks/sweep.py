@@ -83,7 +83,7 @@ def main(args):
     except (OSError, KeyError) as error:
         raise SystemExit(f"{data} holds no finished data ({error}). Run prepare_data.py.") from None
     except ValueError as error:
-        raise SystemExit(f"LEARNING_RATES: {error}. Name numbers, such as 1e-5,2e-5.") from None
+        raise SystemExit(f"LEARNING_RATES: {error}. Name numbers, such as 1e-5 2e-5.") from None
     output.mkdir(parents=True, exist_ok=True)
     steps, rows = max(1, int(SLICE * sequences / SEQUENCES_PER_STEP)), []
     print(f"{len(rates)} runs of {steps:,} steps, {SLICE:.1%} of {sequences:,} sequences", flush=True)

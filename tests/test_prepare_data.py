@@ -607,6 +607,25 @@ def test_a_full_folder_and_a_wrong_setting_are_refused(tmp_path):
         assert sentence in str(error.value)
 
 
+def test_a_folder_that_no_finished_data_could_get_is_refused_before_the_work_and_a_link_is_followed(
+    tmp_path, small_tokenizer_dir
+):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    mixture = [{"name": "s", "rows": ROWS}]
+    result = run(tmp_path, mixture, small_tokenizer_dir, output="link")
+    assert result.returncode == 0 and (tmp_path / "disk" / "report.json").exists(), result.stderr
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob("*.unfinished"))
+    result = run(tmp_path, mixture, small_tokenizer_dir, output="a::b/out")
+    assert result.returncode == 1 and 'cannot read a folder with "::" in its path. Name another' in result.stderr
+    assert result.stdout == "" and not (tmp_path / "a::b").exists()
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "thesis.txt").write_text("precious")
+    result = run(tmp_path, mixture, small_tokenizer_dir)
+    assert result.returncode == 1 and "no script of this suite made it" in result.stderr and result.stdout == ""
+    assert (tmp_path / "out.unfinished" / "thesis.txt").exists()
+
+
 def test_a_missing_and_a_damaged_tokenizer_are_refused(tmp_path, small_tokenizer_dir):
     with pytest.raises(SystemExit, match=r"no readable tokenizer.json .* --base-model"):
         prepare_data.build_encoder(prepare_args(BASE_MODEL=str(tmp_path / "nowhere")), tmp_path / "out")
