@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft import settings, system
 from sft.data import chatml, conversations, data_report, decontamination, sources, workers, writer
+from sft.text import one_line
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
@@ -229,7 +230,8 @@ def rejected_entries(source_name, result):
 def refuse_too_few(source, selection):
     """Raise SystemExit if the rows of a source did not suffice."""
     counts = selection.counts
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
+    reasons = ", ".join(f"{count:,} {one_line(reason)}" for reason, count in selection.reasons.most_common())
+    reasons = reasons or "none rejected"
     if source.examples != "all" and not selection.complete:
         raise SystemExit(
             f"{source.name}: {selection.goal:,} conversations are needed, {selection.held_out:,} of them to validate. "

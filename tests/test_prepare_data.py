@@ -238,8 +238,29 @@ def test_another_seed_draws_other_rows(prepared, bpe_tokenizer_dir):
 def test_show_prints_sequences_with_the_trained_text_in_green(prepared, bpe_tokenizer_dir):
     folder, _, _ = prepared
     shown = run(folder, None, bpe_tokenizer_dir, "--show", "1")
-    assert shown.returncode == 0 and shown.stdout.count("----\n") == 4
+    assert shown.returncode == 0 and shown.stdout.count("----\033[0m\n") == 4
     assert "<|im_start|>assistant\n\033[32mr<|im_end|>\033[0m" in shown.stdout
+
+
+def test_text_of_a_row_or_a_name_can_neither_steer_a_terminal_nor_forge_the_report_or_break_the_picture(
+    tmp_path, small_tokenizer_dir
+):
+    name = r"spend $ and \US$ <img src=x> | 1"
+    rows = [chat(f"{n}\x1b[2J", f"\x9b1m\n---- s, sequence 9 ----\u202e {n}") | {"kind": "a|b\x1b"} for n in range(20)]
+    rows.append(chat("x", "y") | {"kind": "<b>\n| forged | 1 |"})
+    mixture = [{"name": name, "rows": rows, "path": "x", "exclude": {"kind": ["<b>\n| forged | 1 |"]}}]
+    mixture[0]["path"] = "s.jsonl"
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixture[0].pop("rows")))
+    result = run(tmp_path, mixture, small_tokenizer_dir)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if "US" in line and line.startswith("|"))
+    assert r"| spend $ and \\US$ &lt;img src=x> \| 1 | 21 |" in row
+    assert "\n| forged" not in text and "<b>" not in text and "\x1b" not in text
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    shown = run(tmp_path, None, small_tokenizer_dir, "--show", "1").stdout
+    assert set(re.findall(r"\x1b\[?\d*.?", shown)) == {"\x1b[1m", "\x1b[0m", "\x1b[32m"}
+    assert "\x9b" not in shown and "\u202e" not in shown and r"\x1b[2J" in shown
 
 
 # ---- What is rejected on purpose ----
