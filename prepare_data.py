@@ -389,12 +389,7 @@ def write_folder(staging, report):
 
 def validate_settings(args):
     """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
-    for name, values in CHOICES.items():
-        if args[name] not in values:
-            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
-    for name, least in AT_LEAST.items():
-        if args[name] < least:
-            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    settings.check_bounds(args, CHOICES, AT_LEAST)
     try:
         sources.check_patterns(args["IDENTITY_PATTERNS"], "IDENTITY_PATTERNS")
     except ValueError as error:

@@ -14,6 +14,7 @@ An unknown or abbreviated flag, or a value of the wrong type, ends the program w
 
 import argparse
 import ast
+import math
 import re
 from pathlib import Path
 
@@ -90,3 +91,16 @@ def from_flags(module):
             args[name] = module[name] if value is None else tuple(text for text in value if text)
     module.update(args)
     return args
+
+
+def check_bounds(args, choices, at_least):
+    """Raise SystemExit with a sentence for a setting outside its bounds.
+
+    args: {name: value}; choices: {name: the values it may have}; at_least: {name: the least of a finite number}.
+    """
+    for name, values in choices.items():
+        if args[name] not in values:
+            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
+    for name, least in at_least.items():
+        if not least <= args[name] < math.inf:
+            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")

@@ -179,3 +179,18 @@ def test_every_constant_of_every_script_is_a_flag_with_a_comment(help_texts, scr
     for _, name, comment in constants:
         assert len(comment) > 5, f"{script}: {name} has no comment"
         assert f"--{name.lower().replace('_', '-')}" in help_texts[script]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"HOW": "c"}, r"HOW is 'c'; it must be one of a, b\."),
+        ({"STEPS": 0}, r"STEPS is 0; it must be at least 1\."),
+        ({"STEPS": float("nan")}, r"STEPS is nan; it must be at least 1\."),
+        ({"STEPS": float("inf")}, r"STEPS is inf; it must be at least 1\."),
+    ],
+)
+def test_a_value_outside_its_bounds_is_a_sentence(args, sentence):
+    settings.check_bounds({"HOW": "a", "STEPS": 1}, {"HOW": ("a", "b")}, {"STEPS": 1})
+    with pytest.raises(SystemExit, match=sentence):
+        settings.check_bounds({"HOW": "a", "STEPS": 1} | args, {"HOW": ("a", "b")}, {"STEPS": 1})
