@@ -1,7 +1,7 @@
 """Which learning rate? Short runs of sft_v1.py, one after another, on a slice of an epoch, and one table.
 
     python benchmarks/sweep.py                                         2% of an epoch of data/sft_v1 for each rate
-    python benchmarks/sweep.py --learning-rates 1e-5,5e-5 --slice 0.05 --trainer-flags "--weight-decay 0.1"
+    python benchmarks/sweep.py --learning-rates 1e-5 5e-5 --slice 0.05 --trainer-flags "--weight-decay 0.1"
     python benchmarks/sweep.py --quick                                 two steps on a tiny random model, for a look
 
 Every run sees the same sequences in the same steps; its schedule ends with the slice: a tenth of it is warm-up, then
