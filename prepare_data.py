@@ -36,6 +36,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft import settings, system
 from sft.data import chatml, conversations, data_report, decontamination, hub, sources, workers, writer
+from sft.text import one_line
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
@@ -229,7 +230,8 @@ def rejected_entries(source_name, result):
 def refuse_too_few(source, selection):
     """Raise SystemExit if the rows of a source did not suffice."""
     counts = selection.counts
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
+    reasons = ", ".join(f"{count:,} {one_line(reason)}" for reason, count in selection.reasons.most_common())
+    reasons = reasons or "none rejected"
     if counts["kept"] and source.examples != "all" and not selection.complete:
         raise SystemExit(
             f"{source.name}: {selection.goal:,} conversations are needed, {selection.held_out:,} of them to validate. "
@@ -387,12 +389,7 @@ def write_folder(staging, report):
 
 def validate_settings(args):
     """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
-    for name, values in CHOICES.items():
-        if args[name] not in values:
-            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
-    for name, least in AT_LEAST.items():
-        if args[name] < least:
-            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    settings.check_bounds(args, CHOICES, AT_LEAST)
     try:
         sources.check_patterns(args["IDENTITY_PATTERNS"], "IDENTITY_PATTERNS")
     except ValueError as error:
@@ -407,23 +404,24 @@ def main(args):
         return
     started = time.perf_counter()
     mixture, folder = sources.read_mixture(args["MIXTURE"])
-    data_dir = Path(args["DATA_DIR"])
-    system.refuse_unless_empty(data_dir, "--data-dir")
-    staging = system.unfinished(data_dir)
+    data_dir = system.refuse_unless_empty(args["DATA_DIR"], "--data-dir")
+    if "::" in str(data_dir):  # to `datasets`, a chain of addresses
+        raise SystemExit(f'{data_dir}: `datasets` cannot read a folder with "::" in its path. Name another --data-dir.')
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork; see workers.serve
-    later = f"Finished sources, if any, stay in {staging}; the same command continues after them."
+    unfinished = system.unfinished(data_dir)
+    later = f"Finished sources, if any, stay in {unfinished}; the same command continues after them."
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with system.lock(staging, "--data-dir"):
+        staging, handle = system.claim(data_dir, "--data-dir")
+        with handle:
             try:
                 report = prepare(args, mixture, folder, staging)
                 if data_dir.exists():
                     data_dir.rmdir()
                 (staging / "data").rename(data_dir)
-                shutil.rmtree(staging, ignore_errors=True)
+                system.remove_claimed(staging)
             finally:
                 if not any((staging / "progress").glob("*.json")):  # nothing is finished: nothing to keep
-                    shutil.rmtree(staging, ignore_errors=True)
+                    system.remove_claimed(staging)
     except ChildProcessError:
         raise SystemExit(f"A worker was killed, most likely out of memory. Lower WORKERS. {later}") from None
     except OSError as error:

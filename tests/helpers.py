@@ -266,8 +266,8 @@ def train_command(work, name, ranks, *flags, **changes):
     """Return the torchrun command of the run `work`/`name`. flags: more of torchrun's, changes: more settings."""
     arguments = []
     for setting, value in run_settings(work, name, **changes).items():
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        arguments += [f"--{setting.lower().replace('_', '-')}", text]
+        texts = (value or ("",)) if isinstance(value, tuple) else (str(value),)
+        arguments += [f"--{setting.lower().replace('_', '-')}", *texts]
     return [*TORCHRUN, str(ranks), *flags, str(ROOT / "sft_v1.py"), *arguments]
 
 

@@ -56,6 +56,9 @@ def test_a_source_has_defaults_and_attributes(tmp_path):
         ({"file": "x.json"}, '"file" is a file of a "hub" source'),
         ({"identity_patterns": "x"}, "identity_patterns is 'x'; it must be a list of regular expressions."),
         ({"identity_patterns": ["("]}, "identity_patterns: '(' isn't a valid RE2 expression"),
+        ({"identity_patterns": ["x)|(?P<b>y"]}, "'x)|(?P<b>y' isn't a valid RE2 expression"),
+        ({"name": "s\n| forged"}, "its name must be one line of printable text"),
+        ({"name": "\x1b[2Js"}, "its name must be one line of printable text"),
         ({"exclude": ["x"]}, "exclude is ['x']; it must be an object of column: [values]"),
     ],
 )

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from sft import system
 from sft.data import conversations, hub
+from sft.text import one_line
 
 # ==== A mixture ====
 
@@ -52,6 +53,8 @@ class Source:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name or not conversations.is_utf8(self.name):
             raise ValueError('it needs a "name" of valid text')
+        if self.name != one_line(self.name):
+            raise ValueError("its name must be one line of printable text, with single spaces")
         if (self.path is None) == (self.hub is None):
             raise ValueError('it needs either "path" or "hub"')
         for field in TEXT_FIELDS:
@@ -123,6 +126,8 @@ def check_patterns(patterns, name):
         if not isinstance(pattern, str) or not conversations.is_utf8(pattern):
             raise ValueError(f"{name} is {patterns!r}; it must be a list of regular expressions")
         try:
+            # Both, as workers.reject_identities compiles them: 'x)|(?P<b>y' is whole only inside the other's brackets.
+            pc.match_substring_regex(pa.array([""]), pattern, ignore_case=True)
             pc.extract_regex(pa.array([""]), f"(?i)(?P<match>{pattern})")  # refuses plain groups, too: write (?:...)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{name}: {pattern!r} isn't a valid RE2 expression ({error})") from None
@@ -356,7 +361,8 @@ def with_columns(source, rows):
     for column in columns:
         if column not in rows.column_names:
             raise SystemExit(
-                f"{source.name}: {source.location} has no column {column}; it has {', '.join(rows.column_names)}. "
+                f"{source.name}: {source.location} has no column {column}; it has "
+                f"{one_line(', '.join(rows.column_names))}. "
                 "Correct the source's schema or exclude."
             )
     return rows.select_columns(columns)
