@@ -10,9 +10,11 @@ them too, in a table of their own. Writes to EVAL_RESULTS: `comparison.md` (also
     python -m sft.evaluation.compare_evals --after eval-results/other    against another run
 
 How a difference is judged. Both models answered the same questions, so the difference is taken question by question;
-its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest. The
-95% interval is the difference +- 1.96 standard errors. The p-value comes from the exact sign test over the questions
-that flipped (right/wrong metrics), or from the paired t-test (perplexity, loss). The verdict is "better" or "worse"
+its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest.
+Where questions have weights (a conversation counts by its tokens), it is the leave-one-out error. The 95% interval is
+the difference +- Student's quantile times that error. The p-value comes from the exact sign test over the questions
+that flipped (right/wrong metrics, McNemar), or from the paired t-test (perplexity, loss, unequal weights); its degrees
+of freedom are those of the effective number of questions, (sum w)^2 / sum w^2. The verdict is "better" or "worse"
 where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no difference seen". Perplexity is
 compared as its logarithm, the mean negative log-likelihood of the target. The score of a group such as MMLU is the mean
 over all its questions, as in lm_eval. Chance follows from the number of choices of each question.
@@ -34,7 +36,7 @@ EVAL_RESULTS = "eval-results"  # folder for comparison.md, .json, .png and flips
 # ==== Constants ====
 
 FAMILY_ERROR = 0.05  # how often at most a table without any real change shows a "better" or "worse"
-INTERVAL = 1.96  # standard errors on both sides of a value: 95% of a normal distribution
+INTERVAL = 1.96  # standard errors on both sides of a single score in the chart; differences have Student's quantile
 # The published baseline's rows: lm_eval task, label, metric. Other tasks show all metrics.
 KNOWN_ROWS = (
     ("arc_challenge", "ARC-Challenge", "acc_norm"),
@@ -72,35 +74,43 @@ ASSISTANT = {"rows": [{"label": str, "metric": str, "before": NUMBERS, "after": 
 
 
 def mean_and_stderr(numbers, weights):
-    """Return the weighted mean of a list of numbers, one per question, and its standard error (None for one number)."""
+    """Return the weighted mean of a list of numbers, one per question, and its standard error (None for one number).
+
+    The error is the leave-one-out (jackknife) error: a heavy question pulls the mean to itself, so its own distance
+    from the mean says too little. With equal weights it is the usual standard error of a mean.
+    """
     n = len(numbers)
     total = math.fsum(weights)
     mean = math.fsum(w * x for x, w in zip(numbers, weights, strict=True)) / total
     if n == 1:
         return mean, None
-    squares = math.fsum((w * (x - mean)) ** 2 for x, w in zip(numbers, weights, strict=True))
-    return mean, math.sqrt(squares * n / (n - 1)) / total
+    squares = math.fsum((w * (x - mean) / (total - w)) ** 2 for x, w in zip(numbers, weights, strict=True))
+    return mean, math.sqrt(squares * (n - 1) / n)
 
 
 def paired_difference(first, second, weights):
     """Compare two equally long lists of at least two numbers, one pair per question; right/wrong scores are 0 and 1.
 
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
-    downs (how many numbers rose and fell). The sign test of right/wrong scores counts questions and ignores `weights`.
+    downs (how many numbers rose and fell). The sign test counts questions, so it is only for equal weights.
     """
-    from scipy.stats import binomtest, t  # takes half a second; imported only after the checks
+    from scipy import special, stats  # takes half a second; imported only after the checks
 
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups = sum(gap > 0 for gap in gaps)
     downs = sum(gap < 0 for gap in gaps)
     mean, stderr = mean_and_stderr(gaps, weights)
-    if set(first) | set(second) <= {0, 1}:  # McNemar's exact test
-        p = float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
-    elif stderr > 0:
-        p = 2 * float(t.sf(abs(mean) / stderr, len(gaps) - 1))
-    else:
+    effective = math.fsum(weights) ** 2 / math.fsum(w * w for w in weights)  # Kish's effective sample size
+    if ups + downs == 0:
         p = 1.0
-    interval = [mean - INTERVAL * stderr, mean + INTERVAL * stderr]
+    elif set(first) | set(second) <= {0, 1} and len(set(weights)) == 1:  # McNemar's exact test
+        p = float(stats.binomtest(ups, ups + downs).pvalue)
+    elif stderr == 0:  # the same change in every question
+        p = 0.0
+    else:
+        p = 2 * float(special.stdtr(effective - 1, -abs(mean) / stderr))
+    half = float(special.stdtrit(effective - 1, 0.975)) * stderr
+    interval = [mean - half, mean + half]
     return {"difference": mean, "stderr": stderr, "interval": interval, "p": p, "ups": ups, "downs": downs}
 
 
@@ -282,7 +292,7 @@ def assistant_rows(folder):
     for entry in check["rows"]:
         first, second, weights = entry["before"], entry["after"], entry["weights"]
         same_length = len(first) == len(second) == len(weights) > 0
-        if not same_length or not all(map(eval_results.finite, first + second + weights)):
+        if not same_length or not all(map(eval_results.finite, first + second + weights)) or min(weights) <= 0:
             raise SystemExit(f"{path}: the numbers of {entry['label']} are not pairs. Run assistant_check.py again.")
         row = {
             "label": entry["label"],
@@ -445,7 +455,8 @@ def markdown(parts, names, others):
         page += [*seeds_table(names, [parts, *others]), ""]
     page.append(
         "Before, After: score ± its own standard error (SE); above chance: by more than two of those. Difference: "
-        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. Verdict: "
+        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. 95% "
+        "interval: the difference ± Student's quantile times its SE. Verdict: "
         "corrected over all rows of its table (Holm): without any real change at most "
         f"{FAMILY_ERROR:.0%} of such tables show 'better' or 'worse'."
     )
