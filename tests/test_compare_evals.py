@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import MINE, RESULTS_TIME, compare_in, share, write_pair, write_run
+from helpers import MINE, RESULTS_TIME, compare_in, full_disk, share, write_pair, write_run
 from scipy.stats import sem, t, ttest_rel
 
 from sft.evaluation import compare_evals
@@ -343,6 +343,7 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
     loss = {"label": "Held-out answers: tulu", "metric": "loss", "before": [3.0, 2.0] * 20, "after": [1.0, 1.5] * 20}
     share = {"label": "Answers", "metric": "ended", "before": [0] * 8, "after": [1] * 8, "weights": [1] * 8}
     check = {"rows": [loss | {"weights": [10, 30] * 20}, share], "notes": ["Measured on 40 conversations."]}
+    check["weights_sha256"] = {"before": {"model.safetensors": "r"}, "after": {"model.safetensors": "after"}}
     path = tmp_path / "eval-results/after/assistant.json"
     path.write_text(json.dumps(check))
     page = compare()
@@ -354,6 +355,103 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
     path.write_text(json.dumps(check | {"rows": [check["rows"][0] | {"after": [1.0]}]}))
     with pytest.raises(SystemExit, match="the numbers of Held-out answers: tulu are not pairs"):
         compare()
+
+
+def test_parts_of_another_model_are_refused_and_nothing_is_written(tmp_path, compare):
+    def templated(document):
+        document.update(chat_template_sha="abc")
+
+    results = tmp_path / "eval-results"
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        write_run(results / f"{side}-chat", MINE, change=templated)
+    record = (results / "after-chat/run.json").read_text()
+    (results / "after-chat/run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": "earlier"}}))
+    with pytest.raises(SystemExit, match=r"after-chat measured other weights than .*CHAT_TEMPLATE=1"):
+        compare()
+    (results / "after-chat/run.json").write_text(record)
+    digests = {side: {"model.safetensors": side} for side in ("before", "after")}
+    row = {"label": "x", "metric": "loss", "before": [1, 2], "after": [1, 2], "weights": [1, 1]}
+    path = results / "after/assistant.json"
+    for other, says in (
+        ({"after": {"model.safetensors": "earlier"}}, "assistant.json measured other weights .*earlier here"),
+        ({"before": {"model.safetensors": "another"}}, "its before, measured other weights than eval-results/before-"),
+    ):
+        path.write_text(json.dumps({"rows": [row], "notes": [], "weights_sha256": digests | other}))
+        with pytest.raises(SystemExit, match=says):
+            compare()
+    path.write_text(json.dumps({"rows": [row], "notes": []}))
+    with pytest.raises(SystemExit, match=r"assistant.json has no weights_sha256. Run it again: python -m sft.eval"):
+        compare()
+    assert not (results / "comparison.json").exists()
+    path.write_text(json.dumps({"rows": [row], "notes": [], "weights_sha256": digests}))
+    assert compare().count("\n## ") == 3
+
+
+def test_a_pair_without_the_template_is_not_called_one_with_it(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        write_run(tmp_path / f"eval-results/{side}-chat", MINE)
+    with pytest.raises(SystemExit, match="eval-results/after-chat were measured without the chat template"):
+        compare()
+    page = compare(BEFORE="eval-results/before-chat", AFTER="eval-results/after-chat")
+    assert "through the chat template" not in page and "without chat template" in page
+
+
+def test_other_seeds_in_folders_of_the_same_name_are_all_kept(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    seeds = ("x/after", "y/after")
+    for seed in seeds:
+        write_run(tmp_path / seed, MINE)
+    page = compare(OTHER_SEEDS=seeds)
+    comparison = json.loads((tmp_path / "eval-results/comparison.json").read_text())
+    assert tuple(comparison["other_seeds"]) == seeds
+    assert ["Task", "Metric", "eval-results/after", *seeds, "Verdicts"] in cells(page)
+
+
+def test_chance_counts_each_choice_once_where_it_is_asked_twice(tmp_path, compare):
+    tasks = {"mine": {"acc": share(3, 9), "acc_mutual_info": share(4, 9)}}
+    write_pair(tmp_path, tasks, tasks, choices=8)  # four choices, each also without the question
+    compare()
+    assert rows_of(tmp_path)[0]["chance"] == 0.25
+
+
+def test_flips_of_a_group_whose_tasks_are_hidden_are_recorded_once(tmp_path, compare):
+    groups = {"mmlu_stem": ["mmlu_a"], "mmlu_other": ["mmlu_b"]}
+    before = {"mmlu_a": {"acc": share(25, 100)}, "mmlu_b": {"acc": share(5, 10)}}
+    after = {"mmlu_a": {"acc": share(65, 100)}, "mmlu_b": {"acc": share(6, 10)}}
+    for more in ({}, {"mmlu": ["mmlu_stem", "mmlu_other"]}):
+        write_pair(tmp_path, before, after, groups=groups | more)
+        compare()
+        flips = [json.loads(line) for line in (tmp_path / "eval-results/flips.jsonl").read_text().splitlines()]
+        assert sorted(flip["task"] for flip in flips) == ["mmlu_a"] * 40 + ["mmlu_b"]
+
+
+def test_a_task_named_by_others_forges_no_row_and_no_escape_sequence(tmp_path, compare):
+    evil = "\x1b[2Jspend $ and \\US$ <img src=x> \n| forged | acc | 1,000 |"
+
+    def rename(document):
+        document["results"]["mine"]["alias"] = evil
+        document["model_name"] = "a`\n<b>"
+
+    write_pair(tmp_path, MINE, MINE, change=rename)
+    page = compare()
+    assert "\x1b" not in page and "<img" not in page and "\n<b>" not in page
+    assert [len(line) for line in cells(page.replace("\\|", ""))] == [11] * 3
+    assert (tmp_path / "eval-results/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_loses_nothing_of_the_earlier_comparison(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    compare()
+    names = ("comparison.md", "comparison.json", "comparison.png", "flips.jsonl")
+    results = tmp_path / "eval-results"
+    earlier = [(results / name).read_bytes() for name in names]
+    write_run(results / "after", {"mine": {"acc": share(6, 9)}})
+    with full_disk(4000), pytest.raises(SystemExit, match=r"cannot be written to eval-results .*Free disk space"):
+        compare()
+    assert [(results / name).read_bytes() for name in names] == earlier
+    assert not list(results.glob("*.unfinished"))
 
 
 def test_other_seeds_stand_side_by_side(tmp_path, compare):

@@ -2,8 +2,9 @@
 
 Reads two folders written by `run_eval.sh`: lm_eval's results JSON and its logged samples, `run.json`, and the built-in
 check's `assistant.json`. If the folders of the chat pass, `BEFORE-chat` and `AFTER-chat`, are both there, it compares
-them too, in a table of their own. Writes to EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`,
-`comparison.png`, and `flips.jsonl`: every question that one model answers correctly and the other does not.
+them too, in a table of their own; it refuses a chat pass or a check of other weights than AFTER's. Writes to
+EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`, `comparison.png`, and `flips.jsonl`: every question
+that one model answers correctly and the other does not.
 
     bash run_eval.sh compare            eval-results/before against eval-results/after
     bash run_eval.sh compare seed43     and how far the same recipe moves with its seed
@@ -20,11 +21,14 @@ compared as its logarithm, the mean negative log-likelihood of the target. The s
 over all its questions, as in lm_eval. Chance follows from the number of choices of each question.
 """
 
+import contextlib
+import io
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 
-from sft import settings
+from sft import settings, system, text
 from sft.evaluation import eval_results
 
 # ---- Paths ----
@@ -68,7 +72,12 @@ COLUMNS = (
 GUESSED_METRICS = ("acc", "acc_norm", "acc_bytes")  # have a chance level, in tasks of multiple choice
 NUMBERS = [(int, float)]
 # The shape of assistant.json, see eval_results.RESULTS.
-ASSISTANT = {"rows": [{"label": str, "metric": str, "before": NUMBERS, "after": NUMBERS, "weights": NUMBERS}]}
+ASSISTANT = {
+    "rows": [{"label": str, "metric": str, "before": NUMBERS, "after": NUMBERS, "weights": NUMBERS}],
+    "notes": [str],
+    "weights_sha256": {"before": {"*": str}, "after": {"*": str}},
+}
+CHAT_TITLE = "lm_eval through the chat template"
 
 # ==== Statistics ====
 
@@ -162,16 +171,20 @@ def metric_keys(run, task):
 
 
 def guess_rate(pairs, run, metric):
-    """Return the accuracy of random guessing, mean of 1 / number of choices; None for anything but multiple choice."""
+    """Return the accuracy of random guessing, mean of 1 / number of choices; None for anything but multiple choice.
+
+    For the metric acc_mutual_info, lm_eval asks for each choice a second time without the question.
+    """
     if not pairs or metric not in GUESSED_METRICS:
         return None
     rates = []
     for task, sample, _ in pairs:
-        choices = sample.get("arguments")
-        is_choice = run["configs"].get(task, {}).get("output_type") == "multiple_choice"
+        choices, config = sample.get("arguments"), run["configs"].get(task, {})
+        is_choice = config.get("output_type") == "multiple_choice"
         if not is_choice or not isinstance(choices, list | dict) or not choices:
             return None
-        rates.append(1 / len(choices))
+        twice = any(one.get("metric") == "acc_mutual_info" for one in config.get("metric_list") or ())
+        rates.append((2 if twice else 1) / len(choices))
     return math.fsum(rates) / len(rates)
 
 
@@ -255,14 +268,14 @@ def compare_tasks(before, after):
     Returns: list of rows (see `compare_row`, and `verdict`), list of flipped questions as dicts, each question once.
     """
     cache, rows, flips = {}, [], []
+    recorded = {}  # {(task, metric): the row that recorded its flips}; a group's questions are those of its tasks
     for planned in plan_rows(before):
         row, flipped = compare_row(before, after, planned, cache)
         rows.append(row)
-        is_task = eval_results.leaves(before, row["task"]) == [row["task"]]
-        if not is_task and row["task"] != "mmlu":
-            continue  # the questions of a group are those of its tasks
         metric = row["metric"].partition(" ")[0]
         for task, first, second in flipped:
+            if recorded.setdefault((task, row["metric"]), row["task"]) != row["task"]:
+                continue
             flips.append(
                 {
                     "task": task,
@@ -279,21 +292,23 @@ def compare_tasks(before, after):
 # ==== The rows of the built-in check ====
 
 
-def assistant_rows(folder):
-    """Return (rows, notes) of the built-in check that was written into a run's folder, ([], []) if there is none.
+def assistant_part(path, after, weights):
+    """Return the part (see `compare_part`) of the built-in check in the file `path`, which belongs to the run `after`.
 
-    Each of its entries has a number for each item before and after, and the items' weights.
+    Each of its entries has a number for each item before and after, and the items' weights. weights: {file name:
+    SHA-256} of what `after` measured. Raises: SystemExit if the check measured another model.
     """
-    path = Path(folder) / "assistant.json"
-    if not path.exists():
-        return [], []
     check = eval_results.read_json(path, ASSISTANT)
+    again = f"Run it again: python -m sft.evaluation.assistant_check --result-dir {after}, with the folders' flags."
+    if missing := [key for key in ASSISTANT if key not in check]:
+        raise SystemExit(f"{path} has no {', '.join(missing)}. {again}")
+    check_same_weights(check["weights_sha256"]["after"], weights, path, after, again)
     rows = []
     for entry in check["rows"]:
         first, second, weights = entry["before"], entry["after"], entry["weights"]
         same_length = len(first) == len(second) == len(weights) > 0
         if not same_length or not all(map(eval_results.finite, first + second + weights)) or min(weights) <= 0:
-            raise SystemExit(f"{path}: the numbers of {entry['label']} are not pairs. Run assistant_check.py again.")
+            raise SystemExit(f"{path}: the numbers of {text.one_line(entry['label'])} are not pairs. {again}")
         row = {
             "label": entry["label"],
             "task": entry["label"],
@@ -309,27 +324,68 @@ def assistant_rows(folder):
             row[side] = {"value": value, "stderr": stderr}
         rows.append(row)
     give_verdicts(rows)
-    return rows, check["notes"]
+    return {
+        "title": "Is it a better assistant?",
+        "rows": rows,
+        "notes": check["notes"],
+        "how": "",
+        "limit": None,
+        "weights": check["weights_sha256"],
+    }
 
 
 # ==== The parts of the report ====
 
 
-def compare_part(title, before_folder, after_folder):
-    """Compare two run folders. Returns: (dict of title, rows, notes, limit and how it was measured; flips)."""
+def check_same_weights(weights, expected, path, run, remedy):
+    """Raise SystemExit, ending with `remedy`, unless `path` measured the same weights as the folder `run`."""
+    if weights != expected:
+        different = "; ".join(system.differences(expected, weights, f"in {run}", "here"))
+        raise SystemExit(f"{path} measured other weights than {run} ({different}). {remedy}")
+
+
+def code(words):
+    """Return `words` as one line in Markdown's code span."""
+    return "`" + text.one_line(str(words)).replace("`", "'") + "`"
+
+
+def compare_part(before_folder, after_folder):
+    """Compare two run folders.
+
+    Returns: (dict of title, rows, notes, limit, how it was measured, and the weights' digests of both sides; flips).
+    """
     before, after = eval_results.read_run(before_folder), eval_results.read_run(after_folder)
     notes = eval_results.check_comparable(before, after)
     rows, flips = compare_tasks(before, after)
     config = before["config"]
-    template = "with" if before.get("chat_template_sha") else "without"
+    templated = bool(before.get("chat_template_sha"))
+    measured = f"lm_eval {before['lm_eval_version']}, {config.get('model_dtype')}, "
+    measured += f"batch size {config.get('batch_size')}"
     how = (
-        f"`{before.get('model_name')}` against `{after.get('model_name')}`; lm_eval {before['lm_eval_version']}, "
-        f"{config.get('model_dtype')}, batch size {config.get('batch_size')}, {template} chat template."
+        f"{code(before.get('model_name'))} against {code(after.get('model_name'))}; {text.table_cell(measured)}, "
+        f"{'with' if templated else 'without'} chat template."
     )
     limit = config.get("limit")
     if limit and eval_results.finite(limit):
         limit = f"{limit:g}"
-    return {"title": title, "rows": rows, "notes": notes, "how": how, "limit": limit}, flips
+    part = {"title": CHAT_TITLE if templated else "lm_eval", "rows": rows, "notes": notes, "how": how, "limit": limit}
+    part["weights"] = {"before": eval_results.weights_of(before), "after": eval_results.weights_of(after)}
+    return part, [{"part": part["title"], **flip} for flip in flips]
+
+
+def compare_chat_pass(before, after, weights):
+    """Do what `compare_part` does with the chat pass of the runs `before` and `after` (folders).
+
+    weights: {file name: SHA-256} of what `after` measured. Raises: SystemExit if the chat pass is not one of the same
+    model.
+    """
+    first, second = f"{before}-chat", f"{after}-chat"
+    part, flips = compare_part(first, second)
+    again = "Move it away and measure it again with CHAT_TEMPLATE=1 bash run_eval.sh"
+    if part["title"] != CHAT_TITLE:
+        raise SystemExit(f"{first} and {second} were measured without the chat template. {again}.")
+    check_same_weights(part["weights"]["after"], weights, second, after, f"{again} {Path(after).name}.")
+    return part, flips
 
 
 def compare_folders(before, after):
@@ -337,18 +393,20 @@ def compare_folders(before, after):
 
     Returns: (list of parts, as of `compare_part`; flipped questions).
     """
-    pairs = [("lm_eval", before, after)]
-    chat_before, chat_after = f"{before}-chat", f"{after}-chat"
-    if Path(chat_before).is_dir() and Path(chat_after).is_dir():
-        pairs.append(("lm_eval through the chat template", chat_before, chat_after))
-    parts, flips = [], []
-    for title, first, second in pairs:
-        part, flipped = compare_part(title, first, second)
-        parts.append(part)
-        flips += [{"part": title, **flip} for flip in flipped]
-    rows, notes = assistant_rows(after)
-    if rows:
-        parts.append({"title": "Is it a better assistant?", "rows": rows, "notes": notes, "how": "", "limit": None})
+    part, flips = compare_part(before, after)
+    parts, weights = [part], part["weights"]["after"]
+    if Path(f"{before}-chat").is_dir() and Path(f"{after}-chat").is_dir():
+        chat, chat_flips = compare_chat_pass(before, after, weights)
+        parts.append(chat)
+        flips += chat_flips
+    path = Path(after) / "assistant.json"
+    if path.exists():
+        check = assistant_part(path, after, weights)
+        if len(parts) > 1:
+            remedy = "Measure both with the same RESIZED_MODEL."
+            first = parts[1]["weights"]["before"]
+            check_same_weights(check["weights"]["before"], first, f"{path}, its before,", f"{before}-chat", remedy)
+        parts.append(check)
     return parts, flips
 
 
@@ -398,7 +456,7 @@ def table(rows, limit):
     head = [f"Task (LIMIT={limit})" if limit else "Task", *COLUMNS[1:]]
     lines = [head]
     for row in rows:
-        cells = [row["label"], row["metric"], f"{row['questions']:,}"]
+        cells = [text.table_cell(row["label"]), text.table_cell(row["metric"]), f"{row['questions']:,}"]
         cells.append("-" if row["chance"] is None else f"{row['chance']:.2f}")
         for side in ("before", "after"):
             value, stderr = row[side]["value"], row[side]["stderr"]
@@ -423,12 +481,12 @@ def seeds_table(names, seeds):
     by_row = []
     for parts in seeds:
         by_row.append({(part["title"], row["label"], row["metric"]): row for part in parts for row in part["rows"]})
-    lines = [["Task", "Metric", *names, "Verdicts"]]
+    lines = [["Task", "Metric", *map(text.table_cell, names), "Verdicts"]]
     for key in by_row[0]:
         rows = [table[key] for table in by_row if key in table]
         if len(rows) == len(seeds):
             verdicts = dict.fromkeys(row["verdict"] for row in rows)
-            lines.append([*key[1:], *map(difference, rows), ", ".join(verdicts)])
+            lines.append([*map(text.table_cell, key[1:]), *map(difference, rows), ", ".join(verdicts)])
     return aligned(lines)
 
 
@@ -449,7 +507,7 @@ def markdown(parts, names, others):
             page += [f"**A quick look (LIMIT={part['limit']}): only a part of each task was measured.**", ""]
         page += [*table(part["rows"], part["limit"]), ""]
         for note in part["notes"]:
-            page.append(f"Note: {note}\n")
+            page.append(f"Note: {text.one_line(note).replace('<', '&lt;')}\n")
     if others:
         page += ["## Other seeds", "", "The same recipe with other seeds: each run's difference to before.", ""]
         page += [*seeds_table(names, [parts, *others]), ""]
@@ -463,11 +521,12 @@ def markdown(parts, names, others):
     return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
 
 
-def chart(parts, path):
-    """Draw every score between 0 and 1 before and after, with its 95% interval and the chance line, as a PNG."""
+def chart(parts):
+    """Return a PNG (bytes) of every score between 0 and 1 before and after, its 95% interval and the chance line."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a label with two $ is no formula
     from matplotlib import pyplot
 
     rows = []
@@ -485,34 +544,63 @@ def chart(parts, path):
     bottoms = [index - 0.4 for index, _ in chances]
     tops = [index + 0.4 for index, _ in chances]
     axes.vlines([chance for _, chance in chances], bottoms, tops, "tab:red", label="chance")
-    axes.set_yticks(range(len(rows)), [f"{row['label']} ({row['metric']})" for row in rows])
+    axes.set_yticks(range(len(rows)), [text.one_line(f"{row['label']} ({row['metric']})") for row in rows])
     axes.invert_yaxis()
     limits = {f"LIMIT={part['limit']}" for part in parts if part["limit"]}
     axes.set_xlabel(", ".join(["score, with 95% interval", *limits]))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
     pyplot.close(figure)
+    return image.getvalue()
 
 
 # ==== Main ====
+
+
+def write_report(folder, files):
+    """Replace files in `folder`, all or none. files: {name: bytes}.
+
+    Raises: SystemExit if the disk is full or read-only; the earlier files are then unchanged.
+    """
+    paths = [folder / name for name in files]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, files.values(), strict=True):
+            system.unfinished(path).write_bytes(content)
+            system.durable(system.unfinished(path))
+        for path in paths:
+            system.unfinished(path).replace(path)
+    except OSError as error:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                system.unfinished(path).unlink()
+        raise SystemExit(
+            f"The comparison cannot be written to {folder} ({error}). Free disk space, or name another --eval-results; "
+            "the runs are unchanged, the same command works again."
+        ) from None
 
 
 def main(args):
     """Write and print the comparison as the settings `args` (dict) say."""
     parts, flips = compare_folders(args["BEFORE"], args["AFTER"])
     others = [compare_folders(args["BEFORE"], folder)[0] for folder in args["OTHER_SEEDS"]]
-    names = [Path(folder).name for folder in (args["AFTER"], *args["OTHER_SEEDS"])]
+    folders = [args["AFTER"], *args["OTHER_SEEDS"]]
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
     page = markdown(parts, names, others)
-    comparison = {"settings": args, "parts": parts, "other_seeds": dict(zip(names[1:], others, strict=True))}
-    output = Path(args["EVAL_RESULTS"])
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "comparison.md").write_text(page, encoding="utf-8")
-    (output / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
-    with (output / "flips.jsonl").open("w", encoding="utf-8") as file:
-        for flip in flips:
-            file.write(json.dumps(flip, ensure_ascii=False) + "\n")
-    chart(parts, output / "comparison.png")
-    print(page)
+    flip_lines = "".join(json.dumps(flip) + "\n" for flip in flips)
+    files = {"comparison.md": page.encode(), "comparison.png": chart(parts), "flips.jsonl": flip_lines.encode()}
+    comparison = {
+        "settings": args,
+        "parts": parts,
+        "other_seeds": dict(zip(folders[1:], others, strict=True)),
+        "files_sha256": {name: sha256(content).hexdigest() for name, content in files.items()},  # for the model card
+    }
+    files["comparison.json"] = (json.dumps(comparison, indent=2) + "\n").encode()
+    write_report(Path(args["EVAL_RESULTS"]), files)
+    print(text.printable(page))
 
 
 if __name__ == "__main__":

@@ -316,8 +316,9 @@ def compare(args, seeds):
     compare_evals.main(comparison)
     export_dir = Path(args["EXPORT_DIR"])
     if (export_dir / model_card.TRAINING).is_file():
-        model_card.write(export_dir, args["EVAL_RESULTS"])
-        print(f"run_eval.sh: the model card {export_dir / 'README.md'} is up to date")
+        missing = model_card.write(export_dir, args["EVAL_RESULTS"])
+        without = f", without the comparison: {missing}" if missing else ""
+        print(f"run_eval.sh: the model card {export_dir / 'README.md'} is up to date{without}")
 
 
 # ==== Main ====
@@ -325,12 +326,15 @@ def compare(args, seeds):
 
 def main(args, command, *names):
     """Run one of the three commands. args: dict of run_eval.sh's settings; names: of `compare`."""
-    if command == "start":
-        start(args)
-    elif command == "finish":
-        finish(args)
-    else:
-        compare(args, names)
+    try:
+        if command == "start":
+            start(args)
+        elif command == "finish":
+            finish(args)
+        else:
+            compare(args, names)
+    except OSError as error:
+        refuse(f"{error}. Check the free disk space, and your rights to that file or folder.")
 
 
 if __name__ == "__main__":
