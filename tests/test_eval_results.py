@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from helpers import MINE, RESULTS_TIME, compare_in, share, write_pair, write_run
+from helpers import MINE, RESULTS_TIME, compare_in, edit_json, share, write_pair, write_run
 
 from sft.evaluation import eval_results
 
@@ -67,6 +67,13 @@ def test_another_bos_policy_is_refused(tmp_path, refusal):
     write_pair(tmp_path, MINE, MINE)
     (tmp_path / "eval-results/after/run.json").write_text('{"adds_bos": true}')
     assert "BOS put before each prompt: False before, True after" in refusal()
+
+
+def test_other_token_ids_of_the_same_text_are_refused(tmp_path, refusal):
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        edit_json(tmp_path / f"eval-results/{side}/run.json", ids_sha256=side)
+    assert "digest of the token ids of a text: before before, after after" in refusal()
 
 
 def test_results_without_model_arguments_can_be_compared(tmp_path):

@@ -20,7 +20,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sft import hf_folder, settings, system
 from sft.evaluation import eval_results, reading_check
@@ -261,7 +261,7 @@ def main(args):
     except (OSError, ValueError) as error:
         raise SystemExit(f"PLAIN_TEXT: {passage} cannot be read ({error}).") from None
     rows, tokenizer = load_rows(args["DATA_DIR"]), AutoTokenizer.from_pretrained(data_tokenizer)
-    context = AutoConfig.from_pretrained(args["EXPORT_DIR"]).max_position_embeddings
+    context = hf_folder.load_config(args["EXPORT_DIR"], "Run export_hf.py again.").max_position_embeddings
     prompts = pick_prompts(rows, tokenizer, context - args["MAX_NEW_TOKENS"], args["ANSWERS"])
     folders = {"before": args["RESIZED_MODEL"], "after": args["EXPORT_DIR"]}
     weights = {side: eval_results.weights_in(folder) for side, folder in folders.items()}

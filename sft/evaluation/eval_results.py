@@ -179,6 +179,8 @@ def must_match(run):
     values = {"tasks": ", ".join(sorted(run["results"])), **conditions(run)}
     if "adds_bos" in run["record"]:
         values["BOS put before each prompt"] = run["record"]["adds_bos"]
+    if "ids_sha256" in run["record"]:
+        values["digest of the token ids of a text"] = run["record"]["ids_sha256"]
     # The task hash covers every question, prompt and target, so also few-shot examples and templates.
     for name, key in (("version", "versions"), ("few-shot", "n-shot"), ("hash of the prompts", "task_hashes")):
         for task, value in run[key].items():
