@@ -187,6 +187,8 @@ def test_flipped_questions_of_unequal_weight_are_not_counted_one_by_one():
 
 
 def test_the_same_change_in_every_question_is_a_change():
+    # Right or wrong, the sign test still knows how few they are.
+    assert compare_evals.paired_difference([0, 0], [1, 1], [1, 2])["p"] == 0.5
     assert compare_evals.paired_difference([0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1], [1] * 4)["p"] == 0
     assert compare_evals.paired_difference([0.25] * 4, [0.25] * 4, [1, 2, 3, 4])["p"] == 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
 
-from sft.evaluation import eval_results, model_card
+from sft.evaluation import eval_results, model_card, run_eval
 
 DIGEST = {"train": "aa", "validation": "bb"}
 METRICS = [
@@ -136,6 +136,25 @@ def test_the_comparison_of_another_model_does_not_reach_the_card(checkpoint, cap
     page.write_text(page.read_text() + "| forged |\n")
     assert "comparison.md is not the one that" in model_card.write(folder, results)
     assert (folder / "README.md").read_text() == plain
+
+
+def test_a_source_named_by_others_forges_no_row_and_no_html(checkpoint):
+    path = Path("data/sft_v1/report.json")
+    report = json.loads(path.read_text())
+    report["sources"][0]["name"] = "x | y\n| forged | <img> |"
+    path.write_text(json.dumps(report))
+    card = (export(checkpoint, state_of(100)) / "README.md").read_text()
+    assert r"| x \| y \| forged \| &lt;img> \| | unknown |" in card
+
+
+def test_a_card_that_cannot_be_written_is_refused_in_one_sentence(checkpoint):
+    folder = export(checkpoint, state_of(100))
+    earlier = (folder / "README.md").read_text()
+    write_pair(Path(), MINE, MINE)
+    (folder / "README.md.unfinished").mkdir()
+    with pytest.raises(SystemExit, match=r"run_eval.sh: .*README.md.unfinished'. Check the free disk space"):
+        run_eval.main({"EVAL_RESULTS": "eval-results", "EXPORT_DIR": "export"}, "compare")
+    assert (folder / "README.md").read_text() == earlier
 
 
 def test_zeroed_lines_of_the_metrics_are_skipped(checkpoint):

@@ -101,7 +101,8 @@ def paired_difference(first, second, weights):
     """Compare two equally long lists of at least two numbers, one pair per question; right/wrong scores are 0 and 1.
 
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
-    downs (how many numbers rose and fell). The sign test counts questions, so it is only for equal weights.
+    downs (how many numbers rose and fell). The sign test counts questions, so it is only for equal weights, or where
+    all questions changed alike.
     """
     from scipy import special, stats  # takes half a second; imported only after the checks
 
@@ -112,7 +113,7 @@ def paired_difference(first, second, weights):
     effective = math.fsum(weights) ** 2 / math.fsum(w * w for w in weights)  # Kish's effective sample size
     if ups + downs == 0:
         p = 1.0
-    elif set(first) | set(second) <= {0, 1} and len(set(weights)) == 1:  # McNemar's exact test
+    elif set(first) | set(second) <= {0, 1} and (len(set(weights)) == 1 or stderr == 0):  # McNemar's exact test
         p = float(stats.binomtest(ups, ups + downs).pvalue)
     elif stderr == 0:  # the same change in every question
         p = 0.0
