@@ -144,6 +144,12 @@ def test_a_missing_or_nan_metric_is_refused(tmp_path, refusal, value, says):
     assert f"The metric acc of piqa {says}" in refusal()
 
 
+def test_a_refusal_shows_the_name_of_a_task_without_escape_sequences(tmp_path, refusal):
+    write_run(tmp_path / "eval-results/before", MINE)
+    write_run(tmp_path / "eval-results/after", MINE, change=lambda d: d["results"].update({"x\x1b[2J": {}}))
+    assert r"before, mine, x\x1b[2J after" in refusal()
+
+
 def test_parts_are_read_as_one_run(tmp_path):
     write_run(tmp_path / "mine", MINE)
     write_run(tmp_path / "piqa", {"piqa": {"acc": share(5, 9)}})

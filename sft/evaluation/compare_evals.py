@@ -568,8 +568,11 @@ def write_report(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, files.values(), strict=True):
-            system.unfinished(path).write_bytes(content)
-            system.durable(system.unfinished(path))
+            staging = system.unfinished(path)
+            staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to another file
+            with staging.open("xb") as file:
+                file.write(content)
+            system.durable(staging)
         for path in paths:
             system.unfinished(path).replace(path)
     except OSError as error:
@@ -584,8 +587,11 @@ def write_report(folder, files):
 
 def main(args):
     """Write and print the comparison as the settings `args` (dict) say."""
-    parts, flips = compare_folders(args["BEFORE"], args["AFTER"])
-    others = [compare_folders(args["BEFORE"], folder)[0] for folder in args["OTHER_SEEDS"]]
+    try:
+        parts, flips = compare_folders(args["BEFORE"], args["AFTER"])
+        others = [compare_folders(args["BEFORE"], folder)[0] for folder in args["OTHER_SEEDS"]]
+    except SystemExit as error:
+        raise SystemExit(text.printable(str(error))) from None  # it may name a task of others
     folders = [args["AFTER"], *args["OTHER_SEEDS"]]
     names = [Path(folder).name for folder in folders]
     if len(set(names)) < len(names):
