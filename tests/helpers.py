@@ -483,7 +483,7 @@ def write_run(folder, tasks, groups=None, change=None, choices=4, time=RESULTS_T
         change(document)
     (model / f"results_{time}.json").write_text(json.dumps(document))
     (folder / "run.json").write_text(
-        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name}})
+        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name.removesuffix("-chat")}})
     )
 
 

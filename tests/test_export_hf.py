@@ -394,11 +394,13 @@ def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp
     training = json.loads((folder / model_card.TRAINING).read_text())
     assert training["dtype"] == "bfloat16" and training["state"]["step"] == 100
     assert training["parameters"] == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    (results / "after").mkdir(parents=True)
+    results.mkdir()
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
+    files = {name: system.sha256(results / name) for name in ("comparison.md", "comparison.png")}
     for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
-        (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
+        parts = [{"weights": {"after": {"model.safetensors": digest}}}]
+        (results / "comparison.json").write_text(json.dumps({"parts": parts, "files_sha256": files}))
         model_card.write(folder, "eval-results")
         assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown
         assert (folder / "comparison.png").exists() is shown
