@@ -91,19 +91,16 @@ def describe_resized(resized):
 def match_checkpoint(checkpoint, state, resized):
     """Return {name: shape} of the weights in `checkpoint`, in the order of the folder `resized`.
 
-    state: of `choose_checkpoint`. Raises: SystemExit if the folder's weights or tokenizer are not the run's, if it
-    cannot end a turn, or if the names or shapes in the checkpoint are others.
+    state: of `choose_checkpoint`. Raises: SystemExit if the folder's weights, configuration or tokenizer are not the
+    run's, if it cannot end a turn, or if the names or shapes in the checkpoint are others.
     """
     hf_folder.shards(resized)  # a folder without a model gets its own message
-    fingerprints = {
-        "base": system.folder_digest(resized, "*.safetensors"),
-        "tokenizer": system.sha256(Path(resized) / "tokenizer.json"),
-    }
-    for kind, fingerprint in fingerprints.items():
-        if state["fingerprints"][kind] != fingerprint:
-            raise SystemExit(
-                f"{resized} is not the {kind} that {checkpoint} was trained from. Name it with --resized-model."
-            )
+    trained_from = {name: value for name, value in state["fingerprints"].items() if name != "data"}
+    if different := checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized)):
+        raise SystemExit(
+            f"{resized} is not the base that {checkpoint} was trained from: {different}. Name the folder that the run "
+            "started from with --resized-model, or bring it back."
+        )
     expected, _ = describe_resized(resized)
     stored = {}
     for key, entry in dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata.items():
@@ -257,6 +254,15 @@ def check_configs(output, shapes, ids):
         )
 
 
+def check_configuration(resized, output):
+    """Raise SystemExit unless `output` has all of `resized`'s configuration; it has more, for older readers."""
+    expected = hf_folder.configuration(resized)
+    expected.pop("tokenizer_config.json")
+    found = hf_folder.configuration(output)
+    if different := checkpoints.fingerprint_differences(expected, {name: found.get(name) for name in expected}):
+        raise SystemExit(f"{output} is not an export from {resized}: {different}. {EXPORT_AGAIN}")
+
+
 def dry_run(resized):
     """Do all of an export from the folder `resized` but the weights, in a temporary folder: before days of training.
 
@@ -328,6 +334,7 @@ def verify(checkpoint, shapes, dtype, resized, output):
         if not torch.equal(ours, theirs):
             raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's. {EXPORT_AGAIN}")
     check_configs(output, shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
+    check_configuration(resized, output)
     return model, tokenizer
 
 

@@ -120,7 +120,7 @@ class State:
     """Where a run is and what it was started with: state.json of a checkpoint, and run.json."""
 
     settings: dict  # every setting's name and value, as JSON gives them back
-    fingerprints: dict  # SHA-256 of "data", "tokenizer" and "base"
+    fingerprints: dict  # "data": the report's digests; the rest is hf_folder.fingerprint of the base
     versions: dict  # of hardware.versions()
     world_size: int
     plan: dict = field(default_factory=dict)  # of memory_plan.Plan
@@ -195,42 +195,41 @@ def validate_settings(args):
         raise SystemExit(f"MIN_LEARNING_RATE ({args['MIN_LEARNING_RATE']}) is above LEARNING_RATE; swap or lower it.")
 
 
-def check_inputs(data_dir, resized_model):
-    """Check that data, tokenizer and model belong together.
+def check_inputs(data_dir, report, resized_model):
+    """Check that data, tokenizer and model belong together. report: dict of the data's report.json.
 
-    Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
+    Returns: their fingerprints, for State.
     Raises: SystemExit naming the script to run again.
     """
     data_dir, resized_model = Path(data_dir), Path(resized_model)
-    report = system.read_json(data_dir / "report.json", "prepare_data.py")
     config = system.read_json(resized_model / "config.json", "resize_vocab.py")
     if not any(resized_model.glob("*.safetensors")):
         raise SystemExit(f"{resized_model} has no safetensors. Run resize_vocab.py again.")
     for folder, script in ((data_dir / "tokenizer", "prepare_data.py"), (resized_model, "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
             raise SystemExit(f"{folder} has no tokenizer.json. Run {script} again.")
-    tokenizer = system.sha256(data_dir / "tokenizer" / "tokenizer.json")
-    if tokenizer != report.get("tokenizer_sha256"):
-        raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
+    digests, named = hf_folder.tokenizer_digests(data_dir / "tokenizer"), report.get("tokenizer_sha256")
+    if digests != named:
+        different = system.differences(named if isinstance(named, dict) else {}, digests, "in the report", "here")
+        raise SystemExit(
+            f"{data_dir}/tokenizer is not the one its report names: {'; '.join(different)}. Run prepare_data.py again."
+        )
     rows, tokens = config.get("vocab_size"), report.get("vocab_size")
     if not (isinstance(rows, int) and isinstance(tokens, int) and rows >= tokens):
         raise SystemExit(
             f"{resized_model} has {rows} rows in its vocabulary, but the tokenizer of {data_dir} has {tokens} tokens: "
             "this base was not resized. Run resize_vocab.py, then name its output with --resized-model."
         )
-    if tokenizer != system.sha256(resized_model / "tokenizer.json"):
+    if different := system.differences(digests, hf_folder.tokenizer_digests(resized_model), "there", "here"):
         raise SystemExit(
-            f"The tokenizers of {data_dir} and {resized_model} differ. Run resize_vocab.py again for this data."
+            f"The tokenizers of {data_dir} (there) and {resized_model} (here) differ: {'; '.join(different)}. Run "
+            "resize_vocab.py again for this data."
         )
-    return {
-        "data": json.dumps(report.get("digest"), sort_keys=True),
-        "tokenizer": tokenizer,
-        "base": system.folder_digest(resized_model, "*.safetensors"),
-    }
+    return {"data": json.dumps(report.get("digest"), sort_keys=True)} | hf_folder.fingerprint(resized_model)
 
 
 def check_folder(folder, state):
-    """Exit unless `folder` is empty or holds this run: the same data, tokenizer, base, seed and step size."""
+    """Exit unless `folder` is empty or holds this run: the same data, base, seed and step size."""
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -245,11 +244,9 @@ def check_folder(folder, state):
     for name in ("SEED", "SEQUENCES_PER_STEP"):
         then[name] = stored_settings.get(name) if isinstance(stored_settings, dict) else None
         now[name] = state.settings[name]
-    different = system.differences(then, now)
-    if different:
+    if different := checkpoints.fingerprint_differences(then, now):
         raise SystemExit(
-            f"{folder} holds another run: {'; '.join(different)}. Name another --checkpoint-dir, or go back to what "
-            "that run used."
+            f"{folder} holds another run: {different}. Name another --checkpoint-dir, or go back to what that run used."
         )
 
 
@@ -296,8 +293,10 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
     stored = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
-    if stored["fingerprints"] != fingerprints:
-        raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --checkpoint-dir.")
+    if different := checkpoints.fingerprint_differences(stored["fingerprints"], fingerprints):
+        raise SystemExit(
+            f"{checkpoint} was trained on other data or from another base: {different}. Name another --checkpoint-dir."
+        )
     right_name = checkpoints.checkpoint_name(stored["step"])
     if checkpoint.name != right_name:
         raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
@@ -510,17 +509,18 @@ def load_inputs(args):
 def print_plan(args):
     """Print the plan of a run on PLAN_RANKS GPUs of PLAN_GIB, without a GPU or weights."""
     _, config, lengths = load_inputs(args)
+    warn_of_limit(dataloader.read_report(args["DATA_DIR"]))
     limit = (args["PLAN_GIB"] - args["RESERVED_GIB"]) * memory_plan.GIB
     topology = memory_plan.Topology(args["PLAN_RANKS"], 1, "cuda")
     *_, lines = memory_plan.plan_run(args, config, memory_plan.shapes(config), lengths, topology, limit)
     print(lines)
 
 
-def initial_state(args, world_size):
-    """Return the State of a run that starts from the base."""
+def initial_state(args, report, world_size):
+    """Return the State of a run that starts from the base. report: dict of the data's report.json."""
     return State(
         settings=json.loads(json.dumps(args)),  # a tuple becomes a list, as it comes back from a checkpoint
-        fingerprints=check_inputs(args["DATA_DIR"], args["RESIZED_MODEL"]),
+        fingerprints=check_inputs(args["DATA_DIR"], report, args["RESIZED_MODEL"]),
         versions=hardware.versions(),
         world_size=world_size,
     )
@@ -535,7 +535,13 @@ def claim(args, state, locks):
     checkpoints.clear_unfinished(folder)
 
 
-def announce(args, state, lines, parameters, changed):
+def warn_of_limit(report):
+    """Print a warning if the data is only a quick look. report: dict of the data's report.json."""
+    if limit := report.get("limit"):
+        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
+
+
+def announce(args, state, report, lines, parameters, changed):
     """Refuse a disk too small for the run, record its state in run.json, and print what will happen (`lines`)."""
     folder = Path(args["CHECKPOINT_DIR"])
     if state.step < state.total_steps:
@@ -544,9 +550,7 @@ def announce(args, state, lines, parameters, changed):
     system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
-    limit = system.read_json(Path(args["DATA_DIR"]) / "report.json", "prepare_data.py").get("limit")
-    if limit:
-        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
+    warn_of_limit(report)
     print(lines)
     if state.step:
         print(f"continue   {folder}/{checkpoints.checkpoint_name(state.step)}, {state.step:,} steps done")
@@ -557,9 +561,9 @@ def announce(args, state, lines, parameters, changed):
     sys.stdout.flush()
 
 
-def open_run(args, locks):
+def open_run(args, report, locks):
     """Return the State of a run from the base; all ranks have the same inputs and see its folder, locked by rank 0."""
-    state = initial_state(args, dist.get_world_size())
+    state = initial_state(args, report, dist.get_world_size())
     versions = {name: state.versions[name] for name in ("torch", "code")}
     distributed.check_same(args | state.fingerprints | versions)
     distributed.on_rank0(lambda: claim(args, state, locks))
@@ -579,8 +583,10 @@ def run(args, device, mesh, locks):
     """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
     distributed.heartbeat("loading", patient=True)
     folder = args["CHECKPOINT_DIR"]
-    state = open_run(args, locks)
+    report = dataloader.read_report(args["DATA_DIR"])
+    state = open_run(args, report, locks)
     data, config, lengths = load_inputs(args)
+    distributed.on_each_machine(lambda: dataloader.check_digests(data, report, args["DATA_DIR"]))
     sizes = memory_plan.shapes(config)
     plan, survey, state.total_steps, lines = plan_run(args, config, sizes, lengths, device, mesh)
     state.plan = asdict(plan)
@@ -590,7 +596,7 @@ def run(args, device, mesh, locks):
     changed = resume(checkpoint, model, optimizer, state) if checkpoint else []
     distributed.on_rank0(lambda: export_hf.dry_run(args["RESIZED_MODEL"]))
     distributed.check_same({"step": state.step, "training tokens": int(lengths.sum())})
-    distributed.on_rank0(lambda: announce(args, state, lines, sizes.all, changed))
+    distributed.on_rank0(lambda: announce(args, state, report, lines, sizes.all, changed))
     if state.step >= state.total_steps:
         return
 

@@ -192,15 +192,13 @@ def sequences(number, vocab_size, seed=0):
     return ids, [np.arange(n) > n // 3 for n in lengths]
 
 
-def write_data(folder, vocab_size=515, train=None, digest="a", tokenizer=None):
+def write_data(folder, vocab_size=515, train=None, tokenizer=None):
     """Write `folder` as prepare_data.py would; return it.
 
     train: (ids, masks) of the training split; tokenizer: a transformers tokenizer instead of the one of one word.
     """
     import datasets
-    from common import write_tokenizer
-
-    from sft import system
+    from common import write_report, write_tokenizer
 
     lists = {
         "input_ids": datasets.List(datasets.Value("uint16")),
@@ -219,13 +217,7 @@ def write_data(folder, vocab_size=515, train=None, digest="a", tokenizer=None):
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         write_tokenizer(folder / "tokenizer")
-    report = {
-        "tokenizer_sha256": system.sha256(folder / "tokenizer" / "tokenizer.json"),
-        "vocab_size": vocab_size,
-        "max_seq_len": 64,
-        "digest": {"train": digest, "validation": "b"},
-    }
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, vocab_size, max_seq_len=64)
     return folder
 
 

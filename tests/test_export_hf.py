@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import chat
 import export_hf
 import resize_vocab
-from sft import system
+from sft import hf_folder, system
 from sft.evaluation import model_card
 from sft.training import checkpoints
 
@@ -210,8 +210,7 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     tensors |= {f"optimizer.exp_avg.{name}": torch.zeros_like(part) for name, part in model.named_parameters()}
     if harm:
         harm(tensors)
-    fingerprints = {"data": "", "tokenizer": system.sha256(resized / "tokenizer.json")}
-    fingerprints["base"] = system.folder_digest(resized, "*.safetensors")
+    fingerprints = {"data": ""} | hf_folder.fingerprint(resized)
     recipe = "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
     recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
     settings = dict.fromkeys(recipe.split(), 1)
@@ -286,19 +285,30 @@ def test_the_card_of_an_earlier_checkpoint_tells_its_own_losses(tmp_path, export
 RESIZED = "models/resized"
 REFUSALS = [
     (lambda folder: shutil.rmtree(folder / RESIZED), "has no model.safetensors. Name the folder"),
-    (lambda folder: (folder / RESIZED / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
+    (lambda folder: (folder / RESIZED / "chat_template.jinja").unlink(), "then, None now"),
     (lambda folder: (folder / RESIZED / "generation_config.json").unlink(), "generation_config.json is missing"),
     (
         lambda folder: edit_json(folder / RESIZED / "generation_config.json", eos_token_id=0),
-        "generation stops at [0], not",
+        "generation_config.json eos_token_id: [61, 0] then, 0 now",
     ),
     (
         lambda folder: edit_json(folder / RESIZED / "tokenizer_config.json", pad_token="<|im_end|>"),
-        "a token other than",
+        "was trained from: tokenizer_config.json: ",
     ),
-    (lambda folder: edit_json(folder / RESIZED / "config.json", num_hidden_layers=2), "does not load strictly"),
-    (lambda folder: (folder / RESIZED / "tokenizer.json").write_text("{}"), "is not the tokenizer that"),
+    (
+        lambda folder: edit_json(folder / RESIZED / "config.json", num_hidden_layers=2),
+        "was trained from: config.json num_hidden_layers: 1 then, 2 now. Name the folder",
+    ),
+    (lambda folder: (folder / RESIZED / "tokenizer.json").write_text("{}"), "was trained from: tokenizer.json: "),
     (lambda folder: shutil.rmtree(folder / "checkpoints" / "sft_v1"), "holds no whole checkpoint. Run sft_v1.py"),
+]
+RESIZED_LATER = [  # what the tensors and the logits of an export alone would not show
+    (
+        lambda folder: edit_json(folder / "config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+        "config.json rope_parameters.rope_theta: 10000.0 then, 500000.0 now. Name the folder",
+    ),
+    (lambda folder: edit_json(folder / "config.json", rms_norm_eps=1e-3), "rms_norm_eps: 1e-06 then, 0.001 now. Name"),
+    (lambda folder: (folder / "chat_template.jinja").write_text("another"), "from: chat_template.jinja: "),
 ]
 BAD_WEIGHTS = [
     (lambda state: state["model.model.norm.weight"][0].fill_(torch.inf), "norm.weight is not finite in torch.bfloat16"),
@@ -311,6 +321,19 @@ BAD_WEIGHTS = [
 def test_what_does_not_belong_to_the_checkpoint_is_refused(tmp_path, export, harm, sentence):
     harm(make_checkpoint(tmp_path))
     assert sentence in refused(export) and not list((tmp_path / "exports").glob("*"))
+
+
+def test_a_base_with_another_config_or_template_is_refused_and_verifies_nothing(tmp_path, export):
+    make_checkpoint(tmp_path)
+    export()
+    for number, (harm, sentence) in enumerate(RESIZED_LATER):
+        again = shutil.copytree(tmp_path / RESIZED, tmp_path / f"resized{number}")
+        harm(again)
+        for changes in ({"EXPORT_DIR": "x"}, {"VERIFY_ONLY": "exports/sft_v1"}):
+            message = refused(export, RESIZED_MODEL=again.name, **changes)
+            assert f"{again.name} is not the base that checkpoints/sft_v1/step_000100 was trained" in message
+            assert sentence in message and "another" not in message and len(message) < 300
+    assert not Path("x").exists()
 
 
 @pytest.mark.parametrize(("harm", "sentence"), BAD_WEIGHTS)
@@ -378,6 +401,10 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
     harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "can't be loaded as a model")]
     harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is not an export of this script")]
+    window = "config.json max_position_embeddings: 2048 then, 4096 now"
+    harms += [(lambda: edit_json(folder / "config.json", max_position_embeddings=4096), window)]
+    spaced = json.dumps(json.loads(before["tokenizer.json"]), indent=1)
+    harms += [(lambda: (folder / "tokenizer.json").write_text(spaced), "is not an export from models/resized: tokenizer.j")]
     for harm, sentence in harms:
         harm()
         assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
@@ -421,6 +448,9 @@ def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch)
         )
     ]
     harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", pad_token_id=61), "pads with 61")]
+    harms += [
+        (lambda: edit_json(Path(RESIZED) / "tokenizer_config.json", pad_token="<|im_end|>"), "a token other than")
+    ]
     harms += [(lambda: edit_json(Path(RESIZED) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
     harms += [(lambda: (Path(RESIZED) / "chat_template.jinja").unlink(), "has no chat_template.jinja")]
     for harm, sentence in harms:

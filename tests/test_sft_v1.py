@@ -23,6 +23,7 @@ from helpers import (
     TORCHRUN,
     assert_same_steps,
     default_settings,
+    edit_json,
     go_back,
     metrics,
     run_alone,
@@ -368,7 +369,7 @@ def test_moments_that_are_all_zero_are_refused(tampered):
 
 @pytest.mark.torchrun
 def test_a_checkpoint_of_other_data_or_with_another_name_is_refused(tampered):
-    with pytest.raises(SystemExit, match="was trained on other data, tokenizer or base"):
+    with pytest.raises(SystemExit, match="was trained on other data or from another base: data: "):
         tampered(fingerprints={})
     with pytest.raises(SystemExit, match="holds step 10: it was renamed"):
         tampered(step=10)
@@ -420,36 +421,69 @@ def test_impossible_settings_are_refused(name, value, sentence):
         sft_v1.validate_settings(default_settings() | {name: value})
 
 
+def check(data, base):
+    return sft_v1.check_inputs(data, dataloader.read_report(data), base)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_base_that_was_resized_for_another_template_or_tokenizer_is_refused(runs, tmp_path, name):
+    base = shutil.copytree(runs / "base", tmp_path / "base")
+    (base / name).write_text("keep = true" * 100)
+    with pytest.raises(SystemExit, match=rf"tokenizers of .* differ: {name}: .* here. Run resize_vocab.py") as refusal:
+        check(runs / "data", base)
+    assert "keep" not in str(refusal.value)
+
+
+def test_a_run_is_not_continued_with_another_rope_theta_or_on_data_of_which_half_is_zero(runs, tmp_path, alone, capsys):
+    changes = {"MAX_STEPS": 4, "VALIDATE_EVERY": 0}
+    for name in ("base", "data"):
+        shutil.copytree(runs / name, tmp_path / name)
+    run_alone(alone, tmp_path, "run", **changes)
+    again = shutil.copytree(tmp_path / "base", tmp_path / "again")
+    edit_json(again / "config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    with pytest.raises(SystemExit):
+        run_alone(alone, tmp_path, "run", RESIZED_MODEL=str(again), **changes)
+    sentence = "run holds another run: config.json rope_parameters.rope_theta: 10000.0 then, 500000.0 now. Name another"
+    assert sentence in capsys.readouterr().err
+    (path,) = (tmp_path / "data" / "train").glob("*.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        run_alone(alone, tmp_path, "run", **changes)
+    assert "the ids, lengths or masks of x (train split) are not what prepare_data.py wrote" in capsys.readouterr().err
+
+
 def test_what_does_not_belong_together_is_refused(runs, tmp_path):
     data, base = write_data(tmp_path / "data"), shutil.copytree(runs / "base", tmp_path / "base")
-    assert sft_v1.check_inputs(data, base).keys() == {"data", "tokenizer", "base"}
+    assert check(data, base).items() >= {"config.json vocab_size": 515, "special_tokens_map.json": None}.items()
     with pytest.raises(SystemExit, match=r"none/report.json is missing. Run prepare_data.py"):
-        sft_v1.check_inputs(tmp_path / "none", base)
+        check(tmp_path / "none", base)
     with pytest.raises(SystemExit, match=r"none/config.json is missing. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, tmp_path / "none")
+        check(data, tmp_path / "none")
     (base / "model.safetensors").rename(tmp_path / "kept")
     with pytest.raises(SystemExit, match=r"base has no safetensors. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     (tmp_path / "kept").rename(base / "model.safetensors")
     shutil.rmtree(data / "train")
     with pytest.raises(SystemExit, match=r"holds no finished data .* Run prepare_data.py"):
         dataloader.load_data(str(data))
     (base / "tokenizer.json").write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"tokenizers of .* differ. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, base)
+    with pytest.raises(SystemExit, match=r"tokenizers of .* differ: tokenizer.json: .* Run resize_vocab.py"):
+        check(data, base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": "515"}))
     with pytest.raises(SystemExit, match=r"515 rows .* this base was not resized"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     write_base(base, tiny_config(vocab_size=500))
     with pytest.raises(SystemExit, match=r"500 rows .* 515 tokens: this base was not resized"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     (data / "tokenizer" / "tokenizer.json").write_bytes(b"another")
     with pytest.raises(SystemExit, match=r"not the one its report names. Run prepare_data.py"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     (data / "report.json").write_text("{")
     with pytest.raises(SystemExit, match="not readable JSON"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
 
 
 def test_a_run_on_a_quick_look_at_the_data_warns(tmp_path, capsys):
@@ -457,11 +491,10 @@ def test_a_run_on_a_quick_look_at_the_data_warns(tmp_path, capsys):
     checkpoint_dir.mkdir()
     args = {"DATA_DIR": str(data), "CHECKPOINT_DIR": str(checkpoint_dir)}
     state = sft_v1.State(settings={}, fingerprints={}, versions={}, world_size=1)
-    sft_v1.announce(args, state, "the plan", 0, [])
+    report = dataloader.read_report(data)
+    sft_v1.announce(args, state, report, "the plan", 0, [])
     assert "WARNING" not in capsys.readouterr().out
-    report = json.loads((data / "report.json").read_text())
-    (data / "report.json").write_text(json.dumps(report | {"limit": 1000}))
-    sft_v1.announce(args, state, "the plan", 0, [])
+    sft_v1.announce(args, state, report | {"limit": 1000}, "the plan", 0, [])
     warning = "WARNING: the data was prepared with --limit 1000. Don't take this run for the real one."
     assert warning in capsys.readouterr().out.splitlines()
 

@@ -20,6 +20,7 @@ from sft.training import distributed
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+SHOWN_DIFFERENCES = 6  # of fingerprints, in a message
 
 # ==== Names ====
 
@@ -113,6 +114,13 @@ def clear_unfinished(folder):
 
 
 # ==== Verification ====
+
+
+def fingerprint_differences(then, now):
+    """Return in one phrase how the fingerprints of a run (dicts) differ, at most SHOWN_DIFFERENCES; "" if they do not."""
+    phrases = system.differences(then, now)
+    more = len(phrases) - SHOWN_DIFFERENCES
+    return "; ".join(phrases[:SHOWN_DIFFERENCES] + [f"{more} more"] * (more > 0))
 
 
 def defect(checkpoint):

@@ -7,17 +7,22 @@
 4. PackedLoader: reads and lays out one step ahead of the training.
 """
 
+import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+
+from sft import system
+from sft.data import writer
 
 # ==== Data ====
 
@@ -35,6 +40,43 @@ def load_data(data_dir):
 def sequence_lengths(dataset):
     """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
     return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+
+
+def read_report(data_dir):
+    """Return the dict of report.json in the folder `data_dir` that prepare_data.py wrote."""
+    return system.read_json(Path(data_dir) / "report.json", "prepare_data.py")
+
+
+def check_digests(data, report, data_dir):
+    """Raise SystemExit, naming source and split, unless the sequences are those that the `report` describes.
+
+    data: the splits of `load_data`. All their bytes are read, in threads, a batch of each file in memory at a time.
+    """
+    again = f"Run prepare_data.py again, or copy {data_dir} again."
+    files, expected = [], []
+    try:
+        for split, dataset in data.items():
+            paths = [file["filename"] for file in dataset.cache_files]
+            digests = [source["digest"][split] for source in report["sources"]]
+            if len(paths) != len(digests) or writer.digest_of_digests(digests) != report["digest"][split]:
+                raise KeyError
+            names = [source["name"] for source in report["sources"]]
+            files += paths
+            expected += zip(digests, names, [split] * len(names), strict=True)
+    except (KeyError, TypeError):
+        raise SystemExit(f"{data_dir}: its report.json does not describe its {split} split. {again}") from None
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(writer.file_digest, path) for path in files]
+        for path, future, (digest, name, split) in zip(files, futures, expected, strict=True):
+            try:
+                found = future.result()
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # pyarrow's are among them
+                raise SystemExit(f"{path} ({name}, {split} split) cannot be read ({error}). {again}") from None
+            if found != digest:
+                raise SystemExit(
+                    f"{path}: the ids, lengths or masks of {name} ({split} split) are not what prepare_data.py wrote: "
+                    f"their SHA-256 is {found[:12]}..., the report's {digest[:12]}... {again}"
+                )
 
 
 # ==== 1. Order ====

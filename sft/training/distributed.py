@@ -137,16 +137,27 @@ def on_rank0(action):
 
     A refusal of the action (SystemExit or OSError) ends all ranks and is printed once.
     """
+    return run_where(dist.get_rank() == 0, action)[0]
+
+
+def on_each_machine(action):
+    """Run `action()` on one rank of each machine. All ranks must call it; a refusal ends them, as in `on_rank0`."""
+    run_where(os.environ.get("LOCAL_RANK", "0") == "0", action)
+
+
+def run_where(here, action):
+    """Run `action()` on the ranks whose `here` is true; return every rank's result. The first refusal ends all."""
     result = refusal = None
-    if dist.get_rank() == 0:
+    if here:
         try:
             result = action()
         except (SystemExit, OSError) as error:
             refusal = str(error)
-    result, refusal = on_every_rank((result, refusal))[0]
-    if refusal is not None:
-        end_all(refusal)
-    return result
+    answers = on_every_rank((result, refusal))
+    for rank, (_, refusal) in enumerate(answers):
+        if refusal is not None:
+            end_all(refusal if rank == 0 else f"Rank {rank}: {refusal}")
+    return [result for result, _ in answers]
 
 
 def together(action):
