@@ -103,7 +103,7 @@ def match_checkpoint(checkpoint, state, resized):
         )
     expected, _ = describe_resized(resized)
     stored = {}
-    for key, entry in dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata.items():
+    for key, entry in checkpoints.Reader(str(checkpoint)).read_metadata().state_dict_metadata.items():
         if key.startswith("model."):
             stored[key.removeprefix("model.")] = entry.size
     different = [name for name in sorted(stored | expected) if stored.get(name) != expected.get(name)]
@@ -140,7 +140,7 @@ def read_weights(checkpoint, names, shapes, dtype):
         state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in group}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
-            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+            dcp.load(state, storage_reader=checkpoints.Reader(str(checkpoint)), no_dist=True)
         for key, tensor in state.items():
             weights[key.removeprefix("model.")] = tensor.to(dtype)
     for name, tensor in weights.items():

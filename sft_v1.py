@@ -300,7 +300,8 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
     right_name = checkpoints.checkpoint_name(stored["step"])
     if checkpoint.name != right_name:
         raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
-    entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    reader = checkpoints.Reader(str(checkpoint))
+    entries = reader.read_metadata().state_dict_metadata
     missing = [name for name in tensors if name not in entries]
     if missing:
         kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
@@ -314,7 +315,7 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
                 f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
                 "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
             )
-    dcp.load(tensors, checkpoint_id=str(checkpoint))
+    dcp.load(tensors, storage_reader=reader)
     check_moments(checkpoint, tensors, stored["updates"])
     return stored
 

@@ -297,6 +297,38 @@ def stored(checkpoint):
     return tensors
 
 
+class Attack:
+    """An object whose pickle runs a command when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("touch broken-into",)
+
+
+def poison(checkpoint, change):
+    """Rewrite the `.metadata` of a checkpoint with `change(its bytes)`, and its manifest to match, as an attacker."""
+    from sft import system
+
+    path, manifest = checkpoint / ".metadata", checkpoint / "manifest.json"
+    path.write_bytes(change(path.read_bytes()))
+    edit_json(manifest, **{".metadata": [path.stat().st_size, system.sha256(path)]})
+
+
+def bytes_for_a_tensor(name):
+    """Return a change for `poison` that declares the tensor `name` to be bytes, which DCP unpickles as they are."""
+    import pickle
+
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    def change(content):
+        metadata = pickle.loads(content)
+        entry = BytesStorageMetadata()
+        entry.__dict__ |= vars(metadata.state_dict_metadata[name])  # its size and dtype
+        metadata.state_dict_metadata[name] = entry
+        return pickle.dumps(metadata)
+
+    return change
+
+
 def go_back(run, copy, step):
     """Copy a run as it was after `step`; return the copy's Path."""
     from sft.training import checkpoints

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from helpers import ROOT, args_of, edit_json, full_disk, run_python, run_torchrun
+from helpers import (
+    ROOT,
+    Attack,
+    args_of,
+    bytes_for_a_tensor,
+    edit_json,
+    full_disk,
+    poison,
+    run_python,
+    run_torchrun,
+)
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -354,6 +365,16 @@ def test_a_configuration_that_computes_something_else_is_seen_in_the_logits(tmp_
     monkeypatch.setattr(export_hf, "PROMPTS", ("w3 w4 w5 w6 w7 w8",))
     with pytest.raises(SystemExit, match=r"logits of .* differ from the checkpoint's"):
         export()
+
+
+def test_a_checkpoint_runs_no_code_in_an_export(tmp_path, export):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    poison(checkpoint, bytes_for_a_tensor("model.model.norm.weight"))
+    assert "differ in 1 tensors: model.norm.weight ['-'] there, [16] here" in refused(export)
+    poison(checkpoint, lambda content: content[:-1] + pickle.dumps(Attack())[2:])  # and then the true metadata
+    message = refused(export)
+    assert "step_000100: its .metadata cannot be read (it names posix.system, which no DCP metadata needs)" in message
+    assert not Path("broken-into").exists() and not list((tmp_path / "exports").glob("*"))
 
 
 def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, export):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import socket
@@ -21,11 +22,14 @@ from helpers import (
     ROOT,
     RUN,
     TORCHRUN,
+    Attack,
     assert_same_steps,
+    bytes_for_a_tensor,
     default_settings,
     edit_json,
     go_back,
     metrics,
+    poison,
     run_alone,
     run_settings,
     sequences,
@@ -331,8 +335,10 @@ def tampered(runs, two_ranks, alone, tmp_path):
     whole = two_ranks / "step_000020"
     state, tensors = checkpoints.verify(whole), stored(whole)
 
-    def load(new_tensors=tensors, **changes):
+    def load(new_tensors=tensors, new_metadata=None, **changes):
         checkpoint = checkpoints.save(tmp_path, 20, new_tensors, state | changes, 3)
+        if new_metadata:
+            poison(checkpoint, new_metadata)
         model = sft_model.load_model(runs / "base")
         sft_v1.shard(model, alone, torch.float32, "per_step")
         ours = sft_v1.checkpoint_tensors(model, sft_v1.make_optimizer(model, (0.9, 0.95), 0.01))
@@ -345,6 +351,17 @@ def tampered(runs, two_ranks, alone, tmp_path):
 @pytest.mark.torchrun
 def test_a_checkpoint_that_was_not_tampered_with_is_loaded(tampered):
     assert tampered()["step"] == 20
+
+
+@pytest.mark.torchrun
+def test_a_checkpoint_runs_no_code_when_it_is_continued(tampered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="names posix.system, which no DCP metadata needs"):
+        tampered(new_metadata=lambda content: content[:-1] + pickle.dumps(Attack())[2:])
+    name = "model.model.norm.weight"
+    with pytest.raises(SystemExit, match=f"step_000020 lacks tensors: 1 of .*, first {name}"):
+        tampered(new_metadata=bytes_for_a_tensor(name))
+    assert not (tmp_path / "broken-into").exists()
 
 
 @pytest.mark.torchrun
