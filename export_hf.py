@@ -24,10 +24,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sft import hf_folder, settings, system
+from sft import hf_folder, settings, system, text
 from sft.data import chatml
 from sft.evaluation import model_card, reading_check
 from sft.training import checkpoints
@@ -159,7 +158,7 @@ def write_weights(checkpoint, shapes, dtype, max_bytes, output):
     if len(groups) > 1:
         layout = {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
     for file_name, names in layout.items():
-        save_file(read_weights(checkpoint, names, shapes, dtype), output / file_name, metadata={"format": "pt"})
+        hf_folder.save_weights(read_weights(checkpoint, names, shapes, dtype), output / file_name)
     hf_folder.write_index(output, layout, count_parameters(shapes) * dtype.itemsize)
 
 
@@ -184,9 +183,12 @@ def older_names(config):
 
 def write_configs(resized, output, dtype_name):
     """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know."""
-    for path in Path(resized).iterdir():
-        if path.is_file() and not path.name.startswith("model") and path.name != "resize.json":
-            shutil.copyfile(path, output / path.name)
+    for name in ("config.json", "generation_config.json", *hf_folder.TOKENIZER_FILES):
+        path = Path(resized) / name
+        if path.is_symlink():
+            raise SystemExit(f"{path} is a link, and an export publishes no file from elsewhere. Put the file here.")
+        if path.is_file():
+            shutil.copyfile(path, output / name)
     config = system.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
     config |= older_names(config)
     tokenizer = system.read_json(output / "tokenizer_config.json", "resize_vocab.py")
@@ -214,9 +216,9 @@ def check_tokenizer(resized, output):
     if not tokenizer.chat_template == legacy == template:
         raise SystemExit(f"{output}: its chat template is not the one of {resized}. {EXPORT_AGAIN}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    served_ids = tokenizer(text, add_special_tokens=False).input_ids  # how servers encode the template's text
+    served_ids = tokenizer(written, add_special_tokens=False).input_ids  # how servers encode the template's text
     if served_ids != ids:
         raise SystemExit(
             f"{output}: the template's text gives {served_ids}, the template itself {ids}. Run prepare_data.py again."
@@ -350,7 +352,7 @@ def sample_answers(model, tokenizer, output, max_new_tokens):
         answer, ended = hf_folder.answer(model, tokenizer, question, max_new_tokens)
         any_ended |= ended
         ending = "ended by itself" if ended else f"cut at {max_new_tokens} tokens"
-        print(f"\nQ: {question}\nA: {answer}\n   ({ending})")
+        print(f"\nQ: {question}\nA: {text.printable(answer)}\n   ({ending})")
     if not any_ended:
         print("WARNING: no answer ended by itself: trained too little, or without TRAIN_ON_SPECIAL_TOKENS.")
 

@@ -92,6 +92,7 @@ def is_llama_name(name):
 # A tensor's key is (group, name): group is the dotted path of the dict that holds it, "" at the top. Each function that
 # opens a checkpoint returns its entries, {key: (shape, dtype)}, and a function that reads the tensors of some keys.
 
+
 def check_sizes(folder, metadata):
     """Raise SystemExit if a file of the DCP `folder` is missing or shorter than its `Metadata` says."""
     expected = {}

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from sft import hf_folder, settings, system
 from sft.data import chatml
@@ -130,7 +129,7 @@ def write_weights(base, layout, output, change):
                 tensor = change(name, file.get_tensor(name))
                 if tensor is not None:
                     tensors[name] = tensor.contiguous()
-        save_file(tensors, output / file_name, metadata={"format": "pt"})
+        hf_folder.save_weights(tensors, output / file_name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         written[file_name] = list(tensors)
     hf_folder.write_index(output, written, total_size)

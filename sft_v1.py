@@ -9,6 +9,7 @@ Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, m
     python sft_v1.py --plan-only                memory, time and traffic of the run, without a GPU or weights
     the same command again                      continues from the latest whole checkpoint
     touch checkpoints/sft_v1/STOP               ends the run after its step, with a checkpoint; so do Ctrl-C and SIGTERM
+                                                (a STOP from before the start is removed)
     torchrun --max-restarts 3 ...               continues by itself after a rank was killed
 
     torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft_v1.py
@@ -42,6 +43,7 @@ import export_hf
 from sft import hf_folder, settings, system
 from sft.training import checkpoints, dataloader, distributed, hardware, memory_plan, training_log, validation
 from sft.training import model as sft_model
+from sft.training.schedule import Schedule, change_of_rate
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
@@ -54,7 +56,7 @@ EPOCHS = 1  # passes over the training split; 510,577 sequences are 15,955 steps
 MAX_STEPS = 0  # optimizer steps; 0 = all of EPOCHS. The schedule ends there too
 LEARNING_RATE = 2e-5  # peak, after the warm-up
 MIN_LEARNING_RATE = 2e-6  # end of the cosine
-WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear
+WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear; fewer than the run has
 ADAM_BETA1 = 0.9  # decay of the first moment
 ADAM_BETA2 = 0.95  # decay of the second moment
 WEIGHT_DECAY = 0.01  # decoupled, on matrices and embeddings; none on norms and biases
@@ -163,14 +165,6 @@ def build(args, mesh, plan):
     sft_model.prepare_blocks(model, plan.checkpointing, args["COMPILE"] == "on")
     shard(model, mesh, getattr(torch, args["COMPUTE_DTYPE"]), plan.communicate)
     return model, make_optimizer(model, (args["ADAM_BETA1"], args["ADAM_BETA2"]), args["WEIGHT_DECAY"])
-
-
-def learning_rate(step, total_steps, peak, floor, warmup_steps):
-    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine from peak to floor."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 # ==== Gates: what must hold before any long work ====
@@ -351,6 +345,8 @@ def resume(checkpoint, model, optimizer, state):
     """Fill model, optimizer and `state` in place from a verified `checkpoint`; return the list of changed settings."""
     stored = load_checkpoint(checkpoint, checkpoint_tensors(model, optimizer), state.fingerprints)
     changed = changed_settings(stored, state)
+    then = Schedule.of(stored["settings"], stored["total_steps"])
+    changed += change_of_rate(then, Schedule.of(state.settings, state.total_steps), stored["step"])
     state.step, state.updates, state.history = stored["step"], stored["updates"], stored["history"]
     if changed:
         state.history.append({"after_step": state.step, "changed": changed})
@@ -446,12 +442,12 @@ def train(model, optimizer, loader, validator, args, state, log, stop):
         distributed.heartbeat("the validation before step 1")
         log.write({"step": 0} | validator.validate(0))
     total_steps, communicate = state.total_steps, state.plan["communicate"]
-    schedule = (args["LEARNING_RATE"], args["MIN_LEARNING_RATE"], args["WARMUP_STEPS"])
+    schedule = Schedule.of(args, total_steps)
     last_saved, skipped, stopped = state.step, 0, False
     start = time.perf_counter()
     for batch in loader.steps(args["SEED"], args["SEQUENCES_PER_STEP"], state.step, total_steps):
         distributed.heartbeat(f"step {state.step + 1}")
-        lr = learning_rate(state.step, total_steps, *schedule)
+        lr = schedule.rate(state.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, grad_norm, updated, stopped = train_step(
@@ -528,12 +524,17 @@ def initial_state(args, report, world_size):
 
 
 def claim(args, state, locks):
-    """Check this run's folder, lock it against a second run until `locks` closes, and clear what a killed save left."""
+    """Check this run's folder, lock it against a second run until `locks` closes, and clear what earlier ones left.
+
+    That is what a killed save left, and a STOP from before this start; one that is made from here on counts.
+    """
     folder = args["CHECKPOINT_DIR"]
     check_folder(folder, state)
     Path(folder).mkdir(parents=True, exist_ok=True)
     locks.enter_context(system.lock(folder, "--checkpoint-dir"))
     checkpoints.clear_unfinished(folder)
+    if not distributed.restarted():
+        distributed.clear_stop(folder)
 
 
 def warn_of_limit(report):
@@ -613,7 +614,7 @@ def run(args, device, mesh, locks):
         validator = validation.Validator(model, data["validation"], held_out, log, args)
     stop = distributed.Stop(folder)
     if train(model, optimizer, loader, validator, args, state, log, stop):
-        stop.clear()
+        distributed.on_rank0(lambda: distributed.clear_stop(folder))
         log.say(f"Stopped after step {state.step}, as requested. To continue, in {Path.cwd()}:")
         log.say(distributed.resume_command())
     log.close()

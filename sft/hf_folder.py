@@ -165,6 +165,19 @@ def write_index(folder, layout, total_size):
         (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def save_weights(tensors, path):
+    """Write `tensors` {name: tensor} as the safetensors file `path`, with the mode of any other new file of this user.
+
+    The library alone would make it readable to this user only.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def same_bits(first, second):
     """Return whether two tensors have the same dtype, shape and bits (0.0 and -0.0 differ, NaN equals itself)."""
     import torch

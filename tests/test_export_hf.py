@@ -367,6 +367,24 @@ def test_a_configuration_that_computes_something_else_is_seen_in_the_logits(tmp_
         export()
 
 
+def test_an_export_publishes_only_its_own_files_readable_by_all_and_prints_no_control_characters(
+    tmp_path, export, monkeypatch, capsys
+):
+    resized = make_checkpoint(tmp_path) / RESIZED
+    (tmp_path / "private").write_text("precious")
+    for name in ("NOTICE", "pytorch_model.bin", "special_tokens_map.json.bak"):
+        (resized / name).symlink_to(tmp_path / "private")
+    monkeypatch.setattr(hf_folder, "answer", lambda *args: ("\x1b[2J", True))
+    folder = export()
+    assert "A: \\x1b[2J\n" in capsys.readouterr().out
+    assert not {"NOTICE", "pytorch_model.bin", "special_tokens_map.json.bak"} & {path.name for path in folder.iterdir()}
+    modes = {path.stat().st_mode & 0o777 for path in [*folder.iterdir(), *resized.glob("*.safetensors")]}
+    assert modes == {(tmp_path / "private").stat().st_mode & 0o777}
+    (resized / "chat_template.jinja").rename(tmp_path / "template")
+    (resized / "chat_template.jinja").symlink_to(tmp_path / "template")
+    assert "resized/chat_template.jinja is a link, and an export publishes no file" in refused(export, EXPORT_DIR="x")
+
+
 def test_a_checkpoint_runs_no_code_in_an_export(tmp_path, export):
     checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
     poison(checkpoint, bytes_for_a_tensor("model.model.norm.weight"))
@@ -425,7 +443,9 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     window = "config.json max_position_embeddings: 2048 then, 4096 now"
     harms += [(lambda: edit_json(folder / "config.json", max_position_embeddings=4096), window)]
     spaced = json.dumps(json.loads(before["tokenizer.json"]), indent=1)
-    harms += [(lambda: (folder / "tokenizer.json").write_text(spaced), "is not an export from models/resized: tokenizer.j")]
+    harms += [
+        (lambda: (folder / "tokenizer.json").write_text(spaced), "is not an export from models/resized: tokenizer.j")
+    ]
     for harm, sentence in harms:
         harm()
         assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")

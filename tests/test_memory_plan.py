@@ -131,6 +131,8 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
     assert result.returncode == 0, result.stderr
     lines = {text[:10].strip(): text[11:] for text in result.stdout.splitlines()}
     assert lines["run"].startswith("15,955 steps, about 37")
+    assert lines["run"].endswith("; 17 of 510,577 sequences are left over at the end of each epoch")
+    assert lines["schedule"] == "learning rate up to 2e-05 in 200 steps of warm-up, down to 2e-06 at the last step"
     total, limit = lines["memory"].split(" GiB per rank")[0].split(" of ")
     assert float(total) <= float(limit) == 21.5
     assert "1,000,447,488 parameters" in lines["model"] and "510,577 sequences" in lines["data"]

@@ -4,6 +4,7 @@ Run it alone: bash tests/run.sh tests/test_settings.py
 """
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -167,3 +168,11 @@ def test_every_constant_of_every_script_is_a_flag_with_a_comment(help_texts, scr
     for _, name, comment in constants:
         assert len(comment) > 5, f"{script}: {name} has no comment"
         assert f"--{name.lower().replace('_', '-')}" in help_texts[script]
+
+
+def test_text_that_the_terminals_encoding_lacks_is_escaped(tmp_path):
+    program = "# ==== x ====\nfrom sft import settings\nsettings.from_flags(globals())\nprint('\u4f60 \u00fc')\n"
+    (tmp_path / "script.py").write_text(program, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, env=env)
+    assert result.stdout.decode("latin-1") == "\\u4f60 \u00fc\n", result.stderr

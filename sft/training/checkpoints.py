@@ -171,7 +171,7 @@ class Reader(dcp.FileSystemReader):
 
 
 def fingerprint_differences(then, now):
-    """Return in one phrase how the fingerprints of a run (dicts) differ, at most SHOWN_DIFFERENCES; "" if they do not."""
+    """Return in a phrase how two fingerprints (dicts) differ, in SHOWN_DIFFERENCES names at most; "" if they do not."""
     phrases = system.differences(then, now)
     more = len(phrases) - SHOWN_DIFFERENCES
     return "; ".join(phrases[:SHOWN_DIFFERENCES] + [f"{more} more"] * (more > 0))
@@ -226,8 +226,7 @@ def choose(folder, resume):
     resume: "latest" or the name of a checkpoint. A rank that torchrun restarted takes the latest one in any case.
     Raises: SystemExit if the one with that name is not whole, or not the latest: that would mix two runs in one folder.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
-    if resume == "latest" or restarted:
+    if resume == "latest" or distributed.restarted():
         return latest_whole(folder)
     checkpoint = Path(folder) / resume
     verify(checkpoint)
