@@ -244,29 +244,6 @@ def check_folder(folder, state):
         )
 
 
-def check_lengths(lengths, split, need, config, budget):
-    """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
-    if len(lengths) < need:
-        remedy = "lower SEQUENCES_PER_STEP" if split == "training" else "set VALIDATE_EVERY to 0"
-        raise SystemExit(
-            f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed. Prepare more data with "
-            f"prepare_data.py, or {remedy}."
-        )
-    longest = int(lengths.max(initial=0))
-    if 0 < budget < longest:
-        raise SystemExit(
-            f"Sequence {int(lengths.argmax())} of the {split} split has {longest} tokens, more than "
-            f"TOKENS_PER_MICRO_BATCH = {budget}. Raise it to at least {longest}."
-        )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    context = min(config.max_position_embeddings, window or math.inf)
-    if longest > context:
-        raise SystemExit(
-            f"The {split} split has a sequence of {longest} tokens, the model's context or window is {context}. "
-            f"Run prepare_data.py with --max-seq-len {context}."
-        )
-
-
 # ==== Checkpoints: the model and the moments, by the model's own names ====
 
 
@@ -497,16 +474,16 @@ def load_inputs(args):
     data = dataloader.load_data(args["DATA_DIR"])
     lengths = dataloader.sequence_lengths(data["train"])
     budget = args["TOKENS_PER_MICRO_BATCH"]
-    check_lengths(lengths, "training", args["SEQUENCES_PER_STEP"], config, budget)
+    dataloader.check_lengths(lengths, "training", args["SEQUENCES_PER_STEP"], config, budget)
     if args["VALIDATE_EVERY"]:
-        check_lengths(dataloader.sequence_lengths(data["validation"]), "validation", 1, config, budget)
+        dataloader.check_lengths(dataloader.sequence_lengths(data["validation"]), "validation", 1, config, budget)
     return data, config, lengths
 
 
 def print_plan(args):
     """Print the plan of a run on PLAN_RANKS GPUs of PLAN_GIB, without a GPU or weights."""
     _, config, lengths = load_inputs(args)
-    warn_of_limit(dataloader.read_report(args["DATA_DIR"]))
+    dataloader.warn_of_limit(dataloader.read_report(args["DATA_DIR"]))
     limit = (args["PLAN_GIB"] - args["RESERVED_GIB"]) * memory_plan.GIB
     topology = memory_plan.Topology(args["PLAN_RANKS"], 1, "cuda")
     *_, lines = memory_plan.plan_run(args, config, memory_plan.shapes(config), lengths, topology, limit)
@@ -537,12 +514,6 @@ def claim(args, state, locks):
         distributed.clear_stop(folder)
 
 
-def warn_of_limit(report):
-    """Print a warning if the data is only a quick look. report: dict of the data's report.json."""
-    if limit := report.get("limit"):
-        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
-
-
 def announce(args, state, report, lines, parameters, changed):
     """Refuse a disk too small for the run, record its state in run.json, and print what will happen (`lines`)."""
     folder = Path(args["CHECKPOINT_DIR"])
@@ -552,7 +523,7 @@ def announce(args, state, report, lines, parameters, changed):
     system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
-    warn_of_limit(report)
+    dataloader.warn_of_limit(report)
     print(lines)
     if state.step:
         print(f"continue   {folder}/{checkpoints.checkpoint_name(state.step)}, {state.step:,} steps done")

@@ -409,7 +409,7 @@ def test_a_checkpoint_of_other_data_or_with_another_name_is_refused(tampered):
 def test_sequences_beyond_the_models_context_are_refused():
     for config in (tiny_config(), tiny_config(transformers.MistralConfig, sliding_window=100)):
         with pytest.raises(SystemExit, match=r"300 tokens, the model's context or window is \d+. Run prepare_data.py"):
-            sft_v1.check_lengths(np.array([300]), "training", 1, config, 4096)
+            dataloader.check_lengths(np.array([300]), "training", 1, config, 4096)
 
 
 def test_a_sequence_beyond_the_token_budget_is_refused_at_start(runs):

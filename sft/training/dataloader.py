@@ -7,6 +7,7 @@
 4. PackedLoader: reads and lays out one step ahead of the training.
 """
 
+import math
 import os
 import time
 from collections import deque
@@ -77,6 +78,35 @@ def check_digests(data, report, data_dir):
                     f"{path}: the ids, lengths or masks of {name} ({split} split) are not what prepare_data.py wrote: "
                     f"their SHA-256 is {found[:12]}..., the report's {digest[:12]}... {again}"
                 )
+
+
+def check_lengths(lengths, split, need, config, budget):
+    """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
+    if len(lengths) < need:
+        remedy = "lower SEQUENCES_PER_STEP" if split == "training" else "set VALIDATE_EVERY to 0"
+        raise SystemExit(
+            f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed. Prepare more data with "
+            f"prepare_data.py, or {remedy}."
+        )
+    longest = int(lengths.max(initial=0))
+    if 0 < budget < longest:
+        raise SystemExit(
+            f"Sequence {int(lengths.argmax())} of the {split} split has {longest} tokens, more than "
+            f"TOKENS_PER_MICRO_BATCH = {budget}. Raise it to at least {longest}."
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    context = min(config.max_position_embeddings, window or math.inf)
+    if longest > context:
+        raise SystemExit(
+            f"The {split} split has a sequence of {longest} tokens, the model's context or window is {context}. "
+            f"Run prepare_data.py with --max-seq-len {context}."
+        )
+
+
+def warn_of_limit(report):
+    """Print a warning if the data is only a quick look. report: dict of the data's report.json."""
+    if limit := report.get("limit"):
+        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
 
 
 # ==== 1. Order ====
