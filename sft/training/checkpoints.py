@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from sft import system
 from sft.training import distributed
@@ -160,7 +159,7 @@ class Reader(dcp.FileSystemReader):
                 raise ValueError("its lists of names differ")
             if elsewhere := [info.relative_path for info in stored.values() if "/" in info.relative_path]:
                 raise ValueError(f"it names the file {elsewhere[0]}, which is not in this folder")
-            tensors = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+            tensors = {name: entry for name, entry in entries.items() if isinstance(entry, dcp.TensorStorageMetadata)}
         except Exception as error:  # a damaged pickle raises whatever its bytes spell
             raise SystemExit(f"{self.path}: its .metadata cannot be read ({error}). Choose another one.") from None
         metadata.state_dict_metadata = tensors
