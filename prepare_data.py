@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from sft import settings, system
+from sft import hf_folder, settings, system
 from sft.data import chatml, conversations, data_report, decontamination, hub, sources, workers, writer
 from sft.text import one_line
 
@@ -342,13 +342,13 @@ def build_report(args, lines, tokenizer, overlap, data):
     """Return the report (dict). lines: of the sources; data: the folder that holds the extended tokenizer."""
     digest = {}
     for split in ("train", "validation"):
-        digest[split] = hashlib.sha256("".join(line["digest"][split] for line in lines).encode()).hexdigest()
+        digest[split] = writer.digest_of_digests(line["digest"][split] for line in lines)
     counts = [name for name, value in lines[0].items() if isinstance(value, int)]
     base_tokenizer = Tokenizer.from_file(str(Path(args["BASE_MODEL"]) / "tokenizer.json"))
     return {
         "settings": args,
         "versions": {"python": platform.python_version()} | VERSIONS,
-        "tokenizer_sha256": system.sha256(data / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": hf_folder.tokenizer_digests(data / "tokenizer"),
         "base_model": args["BASE_MODEL"],
         "base_vocab_size": base_tokenizer.get_vocab_size(),
         "vocab_size": len(tokenizer),

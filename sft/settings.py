@@ -14,8 +14,10 @@ An unknown or abbreviated flag, or a value of the wrong type, ends the program w
 
 import argparse
 import ast
+import io
 import math
 import re
+import sys
 from pathlib import Path
 
 
@@ -74,9 +76,13 @@ def flag_options(default, comment):
 def from_flags(module):
     """Set the constants in `module` (the script's `globals()`) from `sys.argv`.
 
+    stdout and stderr escape from here on what their encoding lacks.
     Returns: dict of every constant's name and value, which the script saves with what it writes.
     Raises: SystemExit(2) with a sentence for an unknown, abbreviated or mistyped flag.
     """
+    for stream in (sys.stdout, sys.stderr):  # a character of others that the terminal lacks must not end a script
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description=module["__doc__"], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -57,12 +58,14 @@ def read_json(path, made_by=None):
 def differences(then, now, then_label="then", now_label="now"):
     """Return a phrase "name: value then, value now" for each name whose value differs between two dicts.
 
-    A name that only one of them has also differs; its value in the other is None.
+    A name that only one of them has also differs; its value in the other is None. A SHA-256 is shortened.
     """
     phrases = []
     for name in dict.fromkeys([*then, *now]):
-        if then.get(name) != now.get(name):
-            phrases.append(f"{name}: {then.get(name)} {then_label}, {now.get(name)} {now_label}")
+        values = then.get(name), now.get(name)
+        if values[0] != values[1]:
+            old, new = (re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1...", str(value)) for value in values)
+            phrases.append(f"{name}: {old} {then_label}, {new} {now_label}")
     return phrases
 
 

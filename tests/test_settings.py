@@ -4,6 +4,7 @@ Run it alone: bash tests/run.sh tests/test_settings.py
 """
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -194,3 +195,11 @@ def test_a_value_outside_its_bounds_is_a_sentence(args, sentence):
     settings.check_bounds({"HOW": "a", "STEPS": 1}, {"HOW": ("a", "b")}, {"STEPS": 1})
     with pytest.raises(SystemExit, match=sentence):
         settings.check_bounds({"HOW": "a", "STEPS": 1} | args, {"HOW": ("a", "b")}, {"STEPS": 1})
+
+
+def test_text_that_the_terminals_encoding_lacks_is_escaped(tmp_path):
+    program = "# ==== x ====\nfrom sft import settings\nsettings.from_flags(globals())\nprint('\u4f60 \u00fc')\n"
+    (tmp_path / "script.py").write_text(program, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, env=env)
+    assert result.stdout.decode("latin-1") == "\\u4f60 \u00fc\n", result.stderr
