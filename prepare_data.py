@@ -240,7 +240,8 @@ def refuse_too_few(source, selection):
         )
     if not counts["conversations"]:
         raise SystemExit(
-            f"{source.name}: none of {counts['read']:,} rows can be trained on ({reasons}). Correct its schema."
+            f"{source.name}: none of {counts['read']:,} rows can be trained on ({reasons}). Correct its schema, "
+            "or the settings that reject its rows."
         )
 
 

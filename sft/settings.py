@@ -73,16 +73,20 @@ def flag_options(default, comment):
     return options | {"type": type(default), "metavar": type(default).__name__.upper()}
 
 
+def escape_what_the_terminal_lacks():
+    """Have stdout and stderr escape what their encoding lacks: a character of others must not end a script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def from_flags(module):
     """Set the constants in `module` (the script's `globals()`) from `sys.argv`.
 
-    stdout and stderr escape from here on what their encoding lacks.
     Returns: dict of every constant's name and value, which the script saves with what it writes.
     Raises: SystemExit(2) with a sentence for an unknown, abbreviated or mistyped flag.
     """
-    for stream in (sys.stdout, sys.stderr):  # a character of others that the terminal lacks must not end a script
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_the_terminal_lacks()
     parser = argparse.ArgumentParser(
         description=module["__doc__"], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )

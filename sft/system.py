@@ -182,7 +182,7 @@ def lock(folder, flag):
         if error.errno == errno.ELOOP:
             raise SystemExit(f"{path} is a link. Remove it, or name another {flag}.") from None
         raise
-    owner = handle.read(100).strip()
+    owner = handle.read(100).strip("\0 \n")  # zeros, where the power failed before it was on the disk
     if owner and not owner.isdecimal():
         raise SystemExit(f"{path} isn't a lock: it holds more than a process number. Move it away.")
     try:

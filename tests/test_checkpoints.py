@@ -82,6 +82,7 @@ def test_a_checkpoint_is_chosen_by_name_unless_there_are_later_ones(folder, monk
 def test_what_a_killed_save_left_is_removed_and_nothing_else(folder):
     shutil.copytree(folder / "step_000003", folder / "step_000004.unfinished")
     (folder / "notes.unfinished").mkdir()
+    (folder / "step_000005.unfinished").symlink_to("step_000003")
     checkpoints.clear_unfinished(folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {"step_000002", "step_000003", "notes.unfinished"}

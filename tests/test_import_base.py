@@ -6,7 +6,7 @@ Run it alone: bash tests/run.sh tests/test_import_base.py
 import json
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import helpers
 import meta_model
@@ -182,6 +182,10 @@ def test_a_checkpoint_cannot_run_code(imported, weights, tmp_path):
     for content in (pickle.dumps(attack), pickle.dumps({"x": [attack]}), honest[:-1] + pickle.dumps(attack)[2:]):
         (tmp_path / "step" / ".metadata").write_bytes(content)
         assert "names posix.system, which no DCP metadata needs" in refused(imported, "step")
+    change = b"cpathlib\nPosixPath\n(N}S'is_symlink'\nctorch\nSize\nstb0"  # Path.is_symlink = torch.Size
+    (tmp_path / "step" / ".metadata").write_bytes(change + honest[2:])
+    assert "it changes the class PosixPath" in refused(imported, "step")
+    del PosixPath.is_symlink
     for name in ("builtins.eval", "torch.load", "torch.Size.__reduce__"):
         module, _, member = name.partition(".")
         (tmp_path / "step" / ".metadata").write_bytes(f"c{module}\n{member}\n.".encode())

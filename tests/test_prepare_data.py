@@ -570,11 +570,14 @@ def test_the_report_says_that_a_limited_run_is_not_the_mixture(tmp_path, small_t
             {"examples": 100},
             "200 conversations are needed, 100 of them to validate. Of 20 rows, 20 are usable",
         ),
-        ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Correct its schema."),
+        (
+            {"rows": [chat("a")] * 20},
+            "none of 20 rows can be trained on (20 no assistant turn). Correct its schema, or",
+        ),
         ({"rows": []}, "none of 0 rows can be trained on"),
         (
             {"schema": "conversations", "examples": 5},
-            "none of 20 rows can be trained on (20 no turns in the schema's columns). Correct its schema.",
+            "none of 20 rows can be trained on (20 no turns in the schema's columns). Correct its schema, or",
         ),
         ({"schema": "conversations"}, "none of 20 rows can be trained on (20 no turns in the schema's columns)"),
     ],

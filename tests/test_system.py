@@ -166,6 +166,12 @@ def test_files_of_others_behind_links_keep_their_content(tmp_path):
     assert victim.read_text() == "precious"
 
 
+def test_a_lock_that_a_power_cut_left_as_zeros_is_taken(tmp_path):
+    (tmp_path / system.LOCK).write_bytes(b"\0" * 6)
+    system.lock(tmp_path, "--out-dir").close()
+    assert (tmp_path / system.LOCK).read_text() == f"{os.getpid()}\n"
+
+
 def test_a_file_system_without_locks_is_a_sentence(tmp_path, monkeypatch):
     def no_locks(handle, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

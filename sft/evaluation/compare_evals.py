@@ -15,7 +15,8 @@ its standard error is that of the mean of these paired differences, smaller than
 Where questions have weights (a conversation counts by its tokens), it is the leave-one-out error. The 95% interval is
 the difference +- Student's quantile times that error. The p-value comes from the exact sign test over the questions
 that flipped (right/wrong metrics, McNemar), or from the paired t-test (perplexity, loss, unequal weights); its degrees
-of freedom are those of the effective number of questions, (sum w)^2 / sum w^2. The verdict is "better" or "worse"
+of freedom are those of the effective number of questions, (sum w)^2 / sum w^2; below two nothing is tested. A change
+that is the same in every question has no error; the sign test judges it. The verdict is "better" or "worse"
 where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no difference seen". Perplexity is
 compared as its logarithm, the mean negative log-likelihood of the target. The score of a group such as MMLU is the mean
 over all its questions, as in lm_eval. Chance follows from the number of choices of each question.
@@ -98,29 +99,32 @@ def mean_and_stderr(numbers, weights):
 
 
 def paired_difference(first, second, weights):
-    """Compare two equally long lists of at least two numbers, one pair per question; right/wrong scores are 0 and 1.
+    """Compare two equally long lists of numbers, one pair per question; right/wrong scores are 0 and 1.
 
-    Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
-    downs (how many numbers rose and fell). The sign test counts questions, so it is only for equal weights, or where
-    all questions changed alike.
+    Returns: dict of difference (mean of second - first), stderr, interval [low, high] (None where all questions changed
+    alike), p (of "no difference"), ups and downs (how many numbers rose and fell); None for fewer than two questions,
+    or weights of which one counts for almost all. The sign test counts questions, so it is only for equal weights, or
+    where all questions changed alike.
     """
+    effective = math.fsum(weights) ** 2 / math.fsum(w * w for w in weights)  # Kish's effective sample size
+    if effective < 2 - 1e-9:
+        return None
     from scipy import special, stats  # takes half a second; imported only after the checks
 
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups = sum(gap > 0 for gap in gaps)
     downs = sum(gap < 0 for gap in gaps)
     mean, stderr = mean_and_stderr(gaps, weights)
-    effective = math.fsum(weights) ** 2 / math.fsum(w * w for w in weights)  # Kish's effective sample size
+    alike = stderr <= 1e-12 * abs(mean)  # up to rounding
+    right_or_wrong = set(first) | set(second) <= {0, 1}
     if ups + downs == 0:
         p = 1.0
-    elif set(first) | set(second) <= {0, 1} and (len(set(weights)) == 1 or stderr == 0):  # McNemar's exact test
+    elif alike or (right_or_wrong and len(set(weights)) == 1):  # the sign test; of right/wrong scores McNemar's
         p = float(stats.binomtest(ups, ups + downs).pvalue)
-    elif stderr == 0:  # the same change in every question
-        p = 0.0
     else:
         p = 2 * float(special.stdtr(effective - 1, -abs(mean) / stderr))
     half = float(special.stdtrit(effective - 1, 0.975)) * stderr
-    interval = [mean - half, mean + half]
+    interval = None if alike else [mean - half, mean + half]
     return {"difference": mean, "stderr": stderr, "interval": interval, "p": p, "ups": ups, "downs": downs}
 
 
@@ -318,7 +322,7 @@ def assistant_part(path, after, weights):
             "log_scale": False,
             "higher_is_better": entry["metric"] != "loss",
             "chance": None,
-            "paired": paired_difference(first, second, weights) if len(first) > 1 else None,
+            "paired": paired_difference(first, second, weights),
         }
         for side, numbers in (("before", first), ("after", second)):
             value, stderr = mean_and_stderr(numbers, weights)
@@ -464,10 +468,13 @@ def table(rows, limit):
             cells.append(f"{number(value, row['log_scale'])} ± {number(stderr, row['log_scale'])}")
         pair = row["paired"]
         if pair:
-            low, high = pair["interval"]
             cells.append(f"{difference(row)} ± {number(pair['stderr'])}")
-            cells.append(f"{pair['difference'] / pair['stderr']:+.1f}" if pair["stderr"] > 0 else "-")
-            cells.append(f"{number(low, signed=True)} to {number(high, signed=True)}")
+            if pair["interval"]:
+                low, high = pair["interval"]
+                cells.append(f"{pair['difference'] / pair['stderr']:+.1f}")
+                cells.append(f"{number(low, signed=True)} to {number(high, signed=True)}")
+            else:
+                cells += ["-", "-"]
         else:
             cells += [difference(row), "-", "-"]
         lines.append([*cells, row["verdict"], above_chance(row)])

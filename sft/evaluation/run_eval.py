@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sft import system
+from sft import settings, system
 from sft.evaluation import compare_evals, model_card
 
 # ==== Constants ====
@@ -372,6 +372,7 @@ def compare(args, seeds):
 
 def main(args, command, *names):
     """Run one of the three commands. args: dict of run_eval.sh's settings; names: of `compare`."""
+    settings.escape_what_the_terminal_lacks()
     try:
         if command == "start":
             start(args)

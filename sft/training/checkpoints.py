@@ -113,7 +113,10 @@ def check_room(folder, size):
 def clear_unfinished(folder):
     """Remove what killed saves left in `folder`: each may be as large as a checkpoint."""
     for path in Path(folder).glob(system.unfinished("step_*").name):
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
 
 
 # ==== Reading ====
@@ -135,12 +138,26 @@ PICKLED = {  # all that the `.metadata` of a DCP folder consists of, besides the
 class MetadataUnpickler(pickle.Unpickler):
     """Reads a `.metadata` that someone else wrote: a pickle may name any function to run, this one may not."""
 
+    def __init__(self, file):
+        super().__init__(file)
+        self.classes = {}  # each class that the pickle names, with its attributes
+
     def find_class(self, module, name):
         if name in PICKLED.get(module, "").split():
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
+            if isinstance(found, type):
+                self.classes.setdefault(found, dict(vars(found)))
+            return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP metadata needs")
+
+    def load(self):
+        value = super().load()
+        for found, attributes in self.classes.items():
+            if dict(vars(found)) != attributes:
+                raise pickle.UnpicklingError(f"it changes the class {found.__name__}")
+        return value
 
 
 class Reader(dcp.FileSystemReader):

@@ -30,8 +30,8 @@ class Schedule:
         if self.warmup_steps >= self.total_steps:
             raise SystemExit(
                 f"WARMUP_STEPS is {self.warmup_steps:,}, but the run has only {self.total_steps:,} steps: it would end "
-                f"before the learning rate reaches {self.peak:g}. Set --warmup-steps below {self.total_steps:,} "
-                f"(a twentieth is {self.total_steps // 20:,}), or train more steps."
+                f"before the learning rate reaches {self.peak:g}. Set --warmup-steps below {self.total_steps:,}, "
+                "or train more steps."
             )
         last = self.rate(self.total_steps - 1)
         return (

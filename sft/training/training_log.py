@@ -3,6 +3,7 @@
 Used by sft_v1.py.
 """
 
+import io
 import json
 import math
 import statistics
@@ -217,7 +218,9 @@ class Log:
                 axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), linewidth=1, markersize=4)
         axes.set(xlabel="optimizer step", ylabel="cross-entropy per trainable token (nats)")
         axes.legend()
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=120)
         try:
-            figure.savefig(self.path.with_name("loss.png"), dpi=120)
+            system.write_whole(self.path.with_name("loss.png"), picture.getvalue())
         except OSError as error:
             print(f"WARNING: loss.png could not be drawn: {error}")
