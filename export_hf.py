@@ -198,13 +198,6 @@ def write_configs(resized, output, dtype_name):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_card(checkpoint, state, shapes, dtype_name, output):
-    """Write training.json, what the model card says of the training, and the card itself into `output`."""
-    training = model_card.describe(checkpoint, state, count_parameters(shapes), dtype_name)
-    (output / model_card.TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-    model_card.write(output)
-
-
 # ==== Verification ====
 
 
@@ -366,7 +359,8 @@ def export(checkpoint, state, shapes, args):
     with system.staged(args["EXPORT_DIR"], "--export-dir") as staging:
         write_weights(checkpoint, shapes, dtype, MAX_SHARD_BYTES, staging)
         write_configs(resized, staging, args["DTYPE"])
-        write_card(checkpoint, state, shapes, args["DTYPE"], staging)
+        training = model_card.describe(checkpoint, state, count_parameters(shapes), args["DTYPE"])
+        model_card.write_first(staging, checkpoint, training)
         return verify(checkpoint, shapes, dtype, resized, staging)
 
 

@@ -68,8 +68,7 @@ def export(checkpoint, state, name="export"):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     training = model_card.describe(checkpoint, state, 1_234_567, "bfloat16")
-    (folder / model_card.TRAINING).write_text(json.dumps(training))
-    model_card.write(folder)
+    model_card.write_first(folder, checkpoint, training)
     return folder
 
 
@@ -101,6 +100,34 @@ def test_what_is_not_there_is_left_out(checkpoint):
         (checkpoint.parent / file).unlink()
     card = (export(checkpoint, state_of(100, DATA_DIR="data/moved")) / "README.md").read_text()
     assert "loss" not in card and "## Data" not in card and "## Recipe" in card and "## Chat" in card
+
+
+def test_the_curve_of_another_run_does_not_reach_the_card(checkpoint):
+    curve = checkpoint.parent / "loss.png"
+    curve.unlink()  # it is drawn at the end of a run
+    folder = export(checkpoint, state_of(100))
+    plain = (folder / "README.md").read_text()
+    curve.write_bytes(b"another run's")  # now at the same path
+    model_card.write(folder)
+    assert (folder / "README.md").read_text() == plain and not (folder / "loss.png").exists()
+
+
+def test_no_link_to_a_private_file_is_published(checkpoint):
+    Path("private").write_text("| private |")
+    for path in (checkpoint.parent / "loss.png", Path("data/sft_v1/report.md")):
+        path.unlink()
+        path.symlink_to(Path("private").absolute())
+    folder = export(checkpoint, state_of(100))
+    assert not (folder / "loss.png").exists() and "## Data" not in (folder / "README.md").read_text()
+    assert not [path for path in folder.iterdir() if "private" in path.read_text()]
+    for name in ("checkpoints", "data"):  # folders on another disk, which is how a user has links
+        Path(name).rename(f"{name}-moved")
+        Path(name).symlink_to(f"{name}-moved")
+    for path in (checkpoint.parent / "loss.png", Path("data/sft_v1/report.md")):
+        path.unlink()
+        path.write_text("its own")
+    folder = export(checkpoint, state_of(100), "again")
+    assert (folder / "loss.png").read_text() == "its own" and "its own" in (folder / "README.md").read_text()
 
 
 def test_data_that_the_run_was_not_trained_on_is_not_shown(checkpoint):

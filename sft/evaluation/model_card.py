@@ -1,7 +1,7 @@
 """The model card of an export: how the model was trained, on what, what that changed, and how to chat with it.
 
-export_hf.py writes what `describe` returns into the export as training.json. `write` makes the README.md from that
-file and the evaluation's results; run_eval.sh calls it again when the results are there.
+export_hf.py writes what `describe` returns into the export as training.json (`write_first`). `write` makes the
+README.md from that file and the evaluation's results; run_eval.sh calls it again when the results are there.
 """
 
 import json
@@ -57,13 +57,17 @@ def describe(checkpoint, state, parameters, dtype_name):
     """
     return {
         "checkpoint": checkpoint.name,
-        "checkpoint_dir": str(checkpoint.parent),
         "parameters": parameters,
         "dtype": dtype_name,
         "state": state,
         "losses": read_losses(checkpoint.parent, state["step"]),
         "data": read_data(state),
     }
+
+
+def is_own_file(path):
+    """Return whether the Path is a file and no link: a link may lead to a private file, and an export is published."""
+    return path.is_file() and not path.is_symlink()
 
 
 def read_losses(checkpoint_dir, step):
@@ -94,10 +98,10 @@ def read_losses(checkpoint_dir, step):
 def read_data(state):
     """Return what the card says about the data: dict of `table` (Markdown) and `sources` (list of dicts).
 
-    It is None if DATA_DIR no longer holds what the run was trained on.
+    It is None if DATA_DIR no longer holds what the run was trained on, or a report is a link to a file elsewhere.
     """
     path = Path(state["settings"]["DATA_DIR"]) / "report.json"
-    if not path.is_file():
+    if not all(is_own_file(one) for one in (path, path.with_suffix(".md"))):
         return None
     report = system.read_json(path, "prepare_data.py")
     if state["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
@@ -186,17 +190,27 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
+def write_first(folder, checkpoint, training):
+    """Write training.json, the loss curve and the card into a new export `folder`.
+
+    checkpoint: Path of the checkpoint's folder; training: what `describe` returned. The curve is copied here only:
+    later the run may have gone on, or another may stand in its place.
+    """
+    system.write_whole(folder / TRAINING, json.dumps(training, indent=1) + "\n")
+    curve = checkpoint.parent / "loss.png"
+    if is_own_file(curve):
+        system.write_whole(folder / "loss.png", curve.read_bytes())
+    write(folder)
+
+
 def write(folder, results=None):
-    """Write README.md, and the pictures it shows, into the export `folder`.
+    """Write README.md, and the chart it shows, into the export `folder`.
 
     It reads training.json there, and the comparison in the folder `results` (None: there is none yet) if that is one
     of these weights. Returns: why the card has no comparison, a phrase, or None if it has.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
-    curve = Path(training["checkpoint_dir"]) / "loss.png"
-    if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may go on after the export
-        system.write_whole(folder / "loss.png", curve.read_bytes())
     missing = why_not_shown(folder, Path(results)) if results else "it is not measured yet"
     state = training["state"]
     lines = [
