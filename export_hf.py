@@ -359,7 +359,7 @@ def export(checkpoint, state, shapes, args):
     with system.staged(args["EXPORT_DIR"], "--export-dir") as staging:
         write_weights(checkpoint, shapes, dtype, MAX_SHARD_BYTES, staging)
         write_configs(resized, staging, args["DTYPE"])
-        training = model_card.describe(checkpoint, state, count_parameters(shapes), args["DTYPE"])
+        training = model_card.describe(checkpoint, state, resized, count_parameters(shapes), args["DTYPE"])
         model_card.write_first(staging, checkpoint, training)
         return verify(checkpoint, shapes, dtype, resized, staging)
 

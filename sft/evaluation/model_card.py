@@ -49,11 +49,11 @@ In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
 # ==== What the export keeps of the training run ====
 
 
-def describe(checkpoint, state, parameters, dtype_name):
+def describe(checkpoint, state, resized, parameters, dtype_name):
     """Return the content of training.json, a dict.
 
-    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; parameters: their number in the export;
-    dtype_name: of the exported weights.
+    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; resized: folder that the run started
+    from; parameters: their number in the export; dtype_name: of the exported weights.
     """
     return {
         "checkpoint": checkpoint.name,
@@ -62,7 +62,21 @@ def describe(checkpoint, state, parameters, dtype_name):
         "state": state,
         "losses": read_losses(checkpoint.parent, state["step"]),
         "data": read_data(state),
+        "weights_sha256": read_base(Path(resized)),
     }
+
+
+def read_base(resized):
+    """Return {"base" | "resized": {file name: SHA-256}} of the weights of the base, and of the folder made from it.
+
+    "base" is None unless the resize.json in the folder `resized` belongs to its weights and names the base's.
+    """
+    weights, base = eval_results.weights_in(resized), None
+    if (resized / "resize.json").is_file():
+        named = system.read_json(resized / "resize.json", "resize_vocab.py").get("weights_sha256")
+        if isinstance(named, dict) and named.get("resized") == weights:
+            base = named.get("base")
+    return {"base": base, "resized": weights}
 
 
 def is_own_file(path):
@@ -136,10 +150,11 @@ def read_sources(report):
 # ==== The card ====
 
 
-def why_not_shown(folder, results):
+def why_not_shown(folder, training, results):
     """Return why the comparison in the folder `results` is not one of the export `folder`, a phrase, or None if it is.
 
-    compare_evals.py writes the digests of the weights, of its page and of its chart into comparison.json.
+    training: dict of its training.json. compare_evals.py writes the digests of the weights, of its page and of its
+    chart into comparison.json. A part may compare with the base or with the resized base, which both come before.
     """
     record = results / "comparison.json"
     if not record.is_file():
@@ -149,8 +164,17 @@ def why_not_shown(folder, results):
         path, digest = results / name, comparison.get("files_sha256", {}).get(name)
         if not path.is_file() or system.sha256(path) != digest:
             return f"{path} is not the one that {record} was written with"
-    if comparison["parts"][0]["weights"]["after"] != eval_results.weights_in(folder):
-        return f"{record} is about other weights than those in {folder}"
+    weights, trained_from = eval_results.weights_in(folder), training.get("weights_sha256", {})
+    for part in comparison["parts"]:
+        if part["weights"]["after"] != weights:
+            return f"{record} is about other weights than those in {folder}"
+        if not trained_from.get("base"):
+            return f"{folder / TRAINING} doesn't name the base: run resize_vocab.py again, then export_hf.py"
+        if part["weights"]["before"] not in trained_from.values():
+            return (
+                f"{record} ({part['title']}) compares with another model than the one that {folder} was trained from: "
+                "measure `before` again"
+            )
     return None
 
 
@@ -207,11 +231,12 @@ def write(folder, results=None):
     """Write README.md, and the chart it shows, into the export `folder`.
 
     It reads training.json there, and the comparison in the folder `results` (None: there is none yet) if that is one
-    of these weights. Returns: why the card has no comparison, a phrase, or None if it has.
+    of these weights and of those that the run started from. Returns: why the card has no comparison, a phrase, or None
+    if it has.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
-    missing = why_not_shown(folder, Path(results)) if results else "it is not measured yet"
+    missing = why_not_shown(folder, training, Path(results)) if results else "it is not measured yet"
     state = training["state"]
     lines = [
         "---",
