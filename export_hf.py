@@ -50,24 +50,52 @@ MAX_SHARD_BYTES = 5 * 10**9  # of a safetensors file; writing takes about as muc
 READ_BYTES = 2**28  # of the checkpoint, in float32, per call of DCP: each call takes about 40 ms, however much it reads
 PROMPTS = ("The sea is", "def add(a, b):", "In 1969, people")  # texts at which the logits must be equal
 QUESTIONS = ("Who are you?", "What is the capital of France?")
+STATE = {  # what an export needs of a checkpoint's state.json, and of the dicts in it
+    "step": int,
+    "updates": int,
+    "world_size": int,
+    "versions": dict,
+    "settings": dict.fromkeys(model_card.RECIPE, object) | {"DATA_DIR": str, "RESIZED_MODEL": str},
+    "fingerprints": {"data": str},
+}
+WITH_ITS_VERSION = "Export with that version, or choose another one with --checkpoint."
 CONFIG_FILES = ("config.json", "generation_config.json")
 SHOWN_LENGTH = 60  # characters of a value in these files, in a message
 EXPORT_AGAIN = "Run export_hf.py again."
+
+
+def unreadable(state):
+    """Return the names in STATE, "NAME KEY" inside a dict, that the dict `state` lacks or has in another form."""
+    names = []
+    for name, form in STATE.items():
+        value, keys = state.get(name), form if isinstance(form, dict) else {}
+        if not isinstance(value, dict if keys else form):
+            names.append(name)
+            continue
+        names += [f"{name} {key}" for key, kind in keys.items() if key not in value or not isinstance(value[key], kind)]
+    return names
 
 
 def choose_checkpoint(folder, name):
     """Return (Path, its state) of the checkpoint `name` of the run in `folder`, verified against its manifest.
 
     name: "latest", the name of a checkpoint in `folder`, or a checkpoint's own folder.
-    Raises: SystemExit if there is no such whole checkpoint.
+    Raises: SystemExit if there is no such whole checkpoint, or its state has not what an export needs.
     """
-    if name != "latest":
+    if name == "latest":
+        checkpoint = checkpoints.latest_whole(folder)
+        if checkpoint is None:
+            raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
+        state = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
+    else:
         checkpoint = Path(name) if Path(name).is_dir() else Path(folder) / name
-        return checkpoint, checkpoints.verify(checkpoint)
-    checkpoint = checkpoints.latest_whole(folder)
-    if checkpoint is None:
-        raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
-    return checkpoint, system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
+        state = checkpoints.verify(checkpoint)
+    if names := unreadable(state):
+        raise SystemExit(
+            f"{checkpoint / checkpoints.STATE} has no readable {', '.join(names)}: {checkpoints.OTHER_VERSION}, or it "
+            f"was edited. {WITH_ITS_VERSION}"
+        )
+    return checkpoint, state
 
 
 def describe_resized(resized):
@@ -98,7 +126,10 @@ def match_checkpoint(checkpoint, state, resized):
     """
     hf_folder.shards(resized)  # a folder without a model gets its own message
     trained_from = {name: value for name, value in state["fingerprints"].items() if name != "data"}
-    if different := checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized)):
+    different = checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized))
+    if different == checkpoints.OTHER_VERSION:
+        raise SystemExit(f"{checkpoint}: {different}. {WITH_ITS_VERSION}")
+    if different:
         raise SystemExit(
             f"{resized} is not the base that {checkpoint} was trained from: {different}. Name the folder that the run "
             "started from with --resized-model, or bring it back."

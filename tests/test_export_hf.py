@@ -395,6 +395,43 @@ def test_a_checkpoint_runs_no_code_in_an_export(tmp_path, export):
     assert not Path("broken-into").exists() and not list((tmp_path / "exports").glob("*"))
 
 
+def rewrite_state(checkpoint, change):
+    """Write the checkpoint's state.json as `change(dict)` leaves it, and its manifest to match."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    edit_json(checkpoint / "manifest.json", **{"state.json": [path.stat().st_size, system.sha256(path)]})
+
+
+STATES = [  # a change, the names that the refusal has
+    (lambda state: state["settings"].pop("SEED"), "settings SEED"),
+    (lambda state: state["settings"].update(DATA_DIR=1, RESIZED_MODEL=None), "settings DATA_DIR, settings RESIZED_"),
+    (lambda state: state.update(settings=[]), "settings"),
+    (lambda state: state.update(fingerprints=None, versions=None), "versions, fingerprints"),
+    (lambda state: state["fingerprints"].pop("data"), "fingerprints data"),
+    (lambda state: state.pop("updates"), "updates"),
+    (lambda state: state.update(step="50", world_size=None), "step, world_size"),
+]
+
+
+@pytest.mark.parametrize(("change", "names"), STATES)
+def test_a_state_of_another_form_is_a_sentence(tmp_path, export, change, names):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    rewrite_state(checkpoint, change)
+    message = refused(export)
+    assert f"step_000100/state.json has no readable {names}" in message
+    assert "another version of this suite wrote it, or it was edited. Export with that version, or choose" in message
+
+
+def test_a_checkpoint_of_another_version_is_called_that(tmp_path, export):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    rewrite_state(checkpoint, lambda state: state.update(fingerprints={"data": "a", "tokenizer": "b", "base": "c"}))
+    message = refused(export)
+    assert "step_000100: another version of this suite wrote it. Export with that version, or choose" in message
+    assert " then, " not in message
+
+
 def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, export):
     make_checkpoint(tmp_path)
     with full_disk(3_000):
