@@ -18,6 +18,7 @@ import math
 import shutil
 import tempfile
 import warnings
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -49,22 +50,52 @@ MAX_SHARD_BYTES = 5 * 10**9  # of a safetensors file; writing takes about as muc
 READ_BYTES = 2**28  # of the checkpoint, in float32, per call of DCP: each call takes about 40 ms, however much it reads
 PROMPTS = ("The sea is", "def add(a, b):", "In 1969, people")  # texts at which the logits must be equal
 QUESTIONS = ("Who are you?", "What is the capital of France?")
+STATE = {  # what an export needs of a checkpoint's state.json, and of the dicts in it
+    "step": int,
+    "updates": int,
+    "world_size": int,
+    "versions": dict,
+    "settings": dict.fromkeys(model_card.RECIPE, object) | {"DATA_DIR": str, "RESIZED_MODEL": str},
+    "fingerprints": {"data": str},
+}
+WITH_ITS_VERSION = "Export with that version, or choose another one with --checkpoint."
+CONFIG_FILES = ("config.json", "generation_config.json")
+SHOWN_LENGTH = 60  # characters of a value in these files, in a message
 EXPORT_AGAIN = "Run export_hf.py again."
+
+
+def unreadable(state):
+    """Return the names in STATE, "NAME KEY" inside a dict, that the dict `state` lacks or has in another form."""
+    names = []
+    for name, form in STATE.items():
+        value, keys = state.get(name), form if isinstance(form, dict) else {}
+        if not isinstance(value, dict if keys else form):
+            names.append(name)
+            continue
+        names += [f"{name} {key}" for key, kind in keys.items() if key not in value or not isinstance(value[key], kind)]
+    return names
 
 
 def choose_checkpoint(folder, name):
     """Return (Path, its state) of the checkpoint `name` of the run in `folder`, verified against its manifest.
 
     name: "latest", the name of a checkpoint in `folder`, or a checkpoint's own folder.
-    Raises: SystemExit if there is no such whole checkpoint.
+    Raises: SystemExit if there is no such whole checkpoint, or its state has not what an export needs.
     """
-    if name != "latest":
+    if name == "latest":
+        checkpoint = checkpoints.latest_whole(folder)
+        if checkpoint is None:
+            raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
+        state = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
+    else:
         checkpoint = Path(name) if Path(name).is_dir() else Path(folder) / name
-        return checkpoint, checkpoints.verify(checkpoint)
-    checkpoint = checkpoints.latest_whole(folder)
-    if checkpoint is None:
-        raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
-    return checkpoint, system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
+        state = checkpoints.verify(checkpoint)
+    if names := unreadable(state):
+        raise SystemExit(
+            f"{checkpoint / checkpoints.STATE} has no readable {', '.join(names)}: {checkpoints.OTHER_VERSION}, or it "
+            f"was edited. {WITH_ITS_VERSION}"
+        )
+    return checkpoint, state
 
 
 def describe_resized(resized):
@@ -95,7 +126,10 @@ def match_checkpoint(checkpoint, state, resized):
     """
     hf_folder.shards(resized)  # a folder without a model gets its own message
     trained_from = {name: value for name, value in state["fingerprints"].items() if name != "data"}
-    if different := checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized)):
+    different = checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized))
+    if different == checkpoints.OTHER_VERSION:
+        raise SystemExit(f"{checkpoint}: {different}. {WITH_ITS_VERSION}")
+    if different:
         raise SystemExit(
             f"{resized} is not the base that {checkpoint} was trained from: {different}. Name the folder that the run "
             "started from with --resized-model, or bring it back."
@@ -183,7 +217,7 @@ def older_names(config):
 
 def write_configs(resized, output, dtype_name):
     """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know."""
-    for name in ("config.json", "generation_config.json", *hf_folder.TOKENIZER_FILES):
+    for name in (*CONFIG_FILES, *hf_folder.TOKENIZER_FILES):
         path = Path(resized) / name
         if path.is_symlink():
             raise SystemExit(f"{path} is a link, and an export publishes no file from elsewhere. Put the file here.")
@@ -198,14 +232,36 @@ def write_configs(resized, output, dtype_name):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_card(checkpoint, state, shapes, dtype_name, output):
-    """Write training.json, what the model card says of the training, and the card itself into `output`."""
-    training = model_card.describe(checkpoint, state, count_parameters(shapes), dtype_name)
-    (output / model_card.TRAINING).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
-    model_card.write(output)
-
-
 # ==== Verification ====
+
+
+def described(folder):
+    """Return {"FILE KEY": its JSON as text, or the SHA-256 of a long one} and the digests of the other tokenizer files.
+
+    folder: an export; FILE: one of CONFIG_FILES, or tokenizer_config.json. The form of the JSON does not count, all
+    that a reader may find does: also what this transformers, or a short text, does not use.
+    """
+    parts = hf_folder.tokenizer_digests(folder)
+    del parts["tokenizer_config.json"]
+    for name in (*CONFIG_FILES, "tokenizer_config.json"):
+        for key, value in system.read_json(Path(folder) / name, "export_hf.py").items():
+            content = json.dumps(value, sort_keys=True)
+            parts[f"{name} {key}"] = content if len(content) <= SHOWN_LENGTH else sha256(content.encode()).hexdigest()
+    return parts
+
+
+def check_files(resized, output, dtype_name):
+    """Raise SystemExit unless `output` has all that an export from `resized` writes of configuration and tokenizer.
+
+    It has nothing else of them, either, and no other safetensors than those of its model: a reader might take them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_configs(resized, Path(folder), dtype_name)
+        different = checkpoints.fingerprint_differences(described(folder), described(output))
+    if different:
+        raise SystemExit(f"{output} is not an export from {resized}: {text.one_line(different)}. {EXPORT_AGAIN}")
+    if others := {path.name for path in Path(output).glob("*.safetensors")} - hf_folder.shards(output).keys():
+        raise SystemExit(f"{output} holds {min(others)}, which is no part of the export. Move it away.")
 
 
 def check_tokenizer(resized, output):
@@ -254,15 +310,6 @@ def check_configs(output, shapes, ids):
             f"{output}: generation stops at {stops} and pads with {generation.pad_token_id}; it must stop at "
             f"{ids['eos']} and pad with another token. Correct its generation_config.json."
         )
-
-
-def check_configuration(resized, output):
-    """Raise SystemExit unless `output` has all of `resized`'s configuration; it has more, for older readers."""
-    expected = hf_folder.configuration(resized)
-    expected.pop("tokenizer_config.json")
-    found = hf_folder.configuration(output)
-    if different := checkpoints.fingerprint_differences(expected, {name: found.get(name) for name in expected}):
-        raise SystemExit(f"{output} is not an export from {resized}: {different}. {EXPORT_AGAIN}")
 
 
 def dry_run(resized):
@@ -323,10 +370,12 @@ def logits(model, tokenizer):
 def verify(checkpoint, shapes, dtype, resized, output):
     """Compare `output` with the checkpoint, with one model in memory at a time. Returns: (its model, tokenizer).
 
-    It compares each tensor's bits after rounding, the exact set of names, the tie, configurations, tokenizer and
-    template, and the logits of three prompts with those of `resized`'s configuration with the checkpoint's weights.
+    It compares configurations, tokenizer and template, before anything is loaded; each tensor's bits after rounding,
+    the exact set of names, the tie, and the logits of three prompts with those of `resized`'s configuration with the
+    checkpoint's weights.
     Raises: SystemExit naming what differs.
     """
+    check_files(resized, output, str(dtype).removeprefix("torch."))
     tokenizer = check_tokenizer(resized, output)
     reference = compare_weights(checkpoint, shapes, dtype, resized, output)
     expected = logits(reference, tokenizer)
@@ -336,7 +385,6 @@ def verify(checkpoint, shapes, dtype, resized, output):
         if not torch.equal(ours, theirs):
             raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's. {EXPORT_AGAIN}")
     check_configs(output, shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
-    check_configuration(resized, output)
     return model, tokenizer
 
 
@@ -366,7 +414,8 @@ def export(checkpoint, state, shapes, args):
     with system.staged(args["EXPORT_DIR"], "--export-dir") as staging:
         write_weights(checkpoint, shapes, dtype, MAX_SHARD_BYTES, staging)
         write_configs(resized, staging, args["DTYPE"])
-        write_card(checkpoint, state, shapes, args["DTYPE"], staging)
+        training = model_card.describe(checkpoint, state, resized, count_parameters(shapes), args["DTYPE"])
+        model_card.write_first(staging, checkpoint, training)
         return verify(checkpoint, shapes, dtype, resized, staging)
 
 

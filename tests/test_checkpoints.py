@@ -86,3 +86,15 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(folder):
     checkpoints.clear_unfinished(folder)
     names = {path.name for path in folder.iterdir()}
     assert names == {"step_000002", "step_000003", "notes.unfinished"}
+
+
+def test_fingerprints_of_another_version_are_one_phrase():
+    now = {"data": "d", "weights": "w", "tokenizer.json": "t", "config.json layers": 2}
+    for then in (None, [], {"data": "d", "tokenizer": "t", "base": "w"}, {"data": "d", "weights": "w"}):
+        assert checkpoints.fingerprint_differences(then, now) == "another version of this suite wrote it"
+    assert checkpoints.fingerprint_differences(now, now) == ""
+    then = now | {"weights": "v", "config.json window": 3}  # the keys of config.json are the base's own
+    del then["config.json layers"]
+    phrase = "weights: v then, w now; config.json window: 3 then, None now; config.json layers: None then, 2 now"
+    assert checkpoints.fingerprint_differences(then, now) == phrase
+    assert checkpoints.fingerprint_differences({}, {"data": "d"}) == "data: None then, d now"  # none were kept

@@ -36,7 +36,7 @@ import chat
 import export_hf
 import resize_vocab
 from sft import hf_folder, system
-from sft.evaluation import model_card
+from sft.evaluation import eval_results, model_card
 from sft.training import checkpoints
 
 ANSWERS = {
@@ -395,6 +395,43 @@ def test_a_checkpoint_runs_no_code_in_an_export(tmp_path, export):
     assert not Path("broken-into").exists() and not list((tmp_path / "exports").glob("*"))
 
 
+def rewrite_state(checkpoint, change):
+    """Write the checkpoint's state.json as `change(dict)` leaves it, and its manifest to match."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    edit_json(checkpoint / "manifest.json", **{"state.json": [path.stat().st_size, system.sha256(path)]})
+
+
+STATES = [  # a change, the names that the refusal has
+    (lambda state: state["settings"].pop("SEED"), "settings SEED"),
+    (lambda state: state["settings"].update(DATA_DIR=1, RESIZED_MODEL=None), "settings DATA_DIR, settings RESIZED_"),
+    (lambda state: state.update(settings=[]), "settings"),
+    (lambda state: state.update(fingerprints=None, versions=None), "versions, fingerprints"),
+    (lambda state: state["fingerprints"].pop("data"), "fingerprints data"),
+    (lambda state: state.pop("updates"), "updates"),
+    (lambda state: state.update(step="50", world_size=None), "step, world_size"),
+]
+
+
+@pytest.mark.parametrize(("change", "names"), STATES)
+def test_a_state_of_another_form_is_a_sentence(tmp_path, export, change, names):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    rewrite_state(checkpoint, change)
+    message = refused(export)
+    assert f"step_000100/state.json has no readable {names}" in message
+    assert "another version of this suite wrote it, or it was edited. Export with that version, or choose" in message
+
+
+def test_a_checkpoint_of_another_version_is_called_that(tmp_path, export):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    rewrite_state(checkpoint, lambda state: state.update(fingerprints={"data": "a", "tokenizer": "b", "base": "c"}))
+    message = refused(export)
+    assert "step_000100: another version of this suite wrote it. Export with that version, or choose" in message
+    assert " then, " not in message
+
+
 def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, export):
     make_checkpoint(tmp_path)
     with full_disk(3_000):
@@ -435,10 +472,11 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     shards = sorted(name for name in before if name.endswith(".safetensors"))
     harms = [(lambda: flip(shards[-1]), f"{shards[-1]}: ")]
     harms += [(lambda: (folder / shards[0]).unlink(), f"has no {shards[0]}")]
-    harms += [(lambda: edit_json(folder / "tokenizer_config.json", chat_template="x"), "its chat template is not")]
-    harms += [(lambda: (folder / "chat_template.jinja").write_text("x"), "its chat template is not the one")]
-    harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
-    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "can't be loaded as a model")]
+    harms += [(lambda: edit_json(folder / "tokenizer_config.json", chat_template="x"), "chat_template: ")]
+    harms += [(lambda: (folder / "chat_template.jinja").write_text("x"), "from models/resized: chat_template.jinja: ")]
+    stops = "generation_config.json eos_token_id: [61, 0] then, [0] now"
+    harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), stops)]
+    harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "config.json vocab_size: 64 then, 63 now")]
     harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is not an export of this script")]
     window = "config.json max_position_embeddings: 2048 then, 4096 now"
     harms += [(lambda: edit_json(folder / "config.json", max_position_embeddings=4096), window)]
@@ -456,6 +494,48 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     assert "exports/nowhere/config.json is missing" in refused(export, VERIFY_ONLY="exports/nowhere")
 
 
+EDITED = [  # file, its change, what the refusal names
+    ("config.json", {"rope_theta": 1.0}, "config.json rope_theta: 10000.0 then, 1.0 now"),
+    ("config.json", {"sliding_window": None}, "config.json sliding_window: None then, null now"),
+    ("config.json", {"torch_dtype": "float16"}, 'config.json torch_dtype: "bfloat16" then, "float16" now'),
+    ("config.json", {"auto_map": {"AutoModel": "other/code--x.X"}}, "config.json auto_map: "),
+    ("config.json", {"quantization_config": {}}, "config.json quantization_config: None then, {} now"),
+    ("config.json", {"\x1b[2J": 1}, "config.json \\x1b[2J: None then, 1 now"),
+    ("tokenizer_config.json", {"add_bos_token": True}, "tokenizer_config.json add_bos_token: "),
+    ("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, 'Fast" then, "T5Tokenizer" now'),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["x.X", None]}}, "tokenizer_config.json auto_map: "),
+    ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens: None then, true now"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "x"}}}, "config.json added_tokens_decoder: "),
+    ("generation_config.json", {"suppress_tokens": [61]}, "suppress_tokens: None then, [61] now. Run export_hf.py"),
+    ("generation_config.json", {"max_new_tokens": 1}, "generation_config.json max_new_tokens: None then, 1 now"),
+    ("generation_config.json", {"forced_eos_token_id": 0}, "generation_config.json forced_eos_token_id: None then"),
+]
+
+
+def test_an_edited_export_is_not_verified(tmp_path, export):
+    """Whatever a reader of the files would do otherwise, also where this transformers' logits do not show it."""
+    make_checkpoint(tmp_path)
+    folder = export()
+    for name, change, sentence in EDITED:
+        content = (folder / name).read_bytes()
+        edit_json(folder / name, **change)
+        message = refused(export, VERIFY_ONLY="exports/sft_v1")
+        assert "exports/sft_v1 is not an export from models/resized: " in message and sentence in message
+        assert len(message) < 300
+        (folder / name).write_bytes(content)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    dotted = {f"rope_parameters.{name}": value for name, value in rope.items()}
+    content = (folder / "config.json").read_bytes()
+    edit_json(folder / "config.json", rope_parameters=None, **dotted)
+    assert "config.json rope_parameters: " in refused(export, VERIFY_ONLY="exports/sft_v1")
+    (folder / "config.json").write_text(json.dumps(json.loads(content)))  # in another form: the same
+    (folder / "LICENSE").write_text("yours")
+    export(VERIFY_ONLY="exports/sft_v1")
+    shutil.copyfile(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    sentence = "exports/sft_v1 holds adapter_model.safetensors, which is no part of the export. Move it away"
+    assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
+
+
 def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp_path, export):
     make_checkpoint(tmp_path)
     folder, results = export(), tmp_path / "eval-results"
@@ -466,8 +546,10 @@ def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
     files = {name: system.sha256(results / name) for name in ("comparison.md", "comparison.png")}
-    for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
-        parts = [{"weights": {"after": {"model.safetensors": digest}}}]
+    before, after = (eval_results.weights_in(path) for path in (tmp_path / "models" / "base", folder))
+    other = {"model.safetensors": "0" * 64}
+    for sides, shown in (((before, other), False), ((other, after), False), ((before, after), True)):
+        parts = [{"title": "lm_eval", "weights": dict(zip(("before", "after"), sides, strict=True))}]
         (results / "comparison.json").write_text(json.dumps({"parts": parts, "files_sha256": files}))
         model_card.write(folder, "eval-results")
         assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown

@@ -4,6 +4,7 @@ Alone: bash tests/run.sh tests/test_model_card.py
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,18 @@ def state_of(step, **settings):
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """Return a checkpoint's path in a current folder that holds the metrics, the curve and the data of its run."""
+    """Return a checkpoint's path in a current folder with the metrics, curve and data of its run, and its base."""
     monkeypatch.chdir(tmp_path)
     checkpoint = Path("checkpoints/sft_v1/step_000100")
     checkpoint.mkdir(parents=True)
     lines = "".join(json.dumps(line) + "\n" for line in METRICS)
     (checkpoint.parent / "metrics.jsonl").write_text(lines + '{"step": 101, "lo')  # as a kill leaves it
     (checkpoint.parent / "loss.png").write_bytes(b"curve")
+    resized = Path("models/resized")
+    resized.mkdir(parents=True)
+    (resized / "model.safetensors").write_bytes(b"resized")
+    digests = {"base": {"model.safetensors": "before"}, "resized": eval_results.weights_in(resized)}
+    (resized / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
     data = Path("data/sft_v1")
     data.mkdir(parents=True)
     sources = [
@@ -67,9 +73,8 @@ def export(checkpoint, state, name="export"):
     folder = Path(name)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    training = model_card.describe(checkpoint, state, 1_234_567, "bfloat16")
-    (folder / model_card.TRAINING).write_text(json.dumps(training))
-    model_card.write(folder)
+    training = model_card.describe(checkpoint, state, "models/resized", 1_234_567, "bfloat16")
+    model_card.write_first(folder, checkpoint, training)
     return folder
 
 
@@ -103,6 +108,34 @@ def test_what_is_not_there_is_left_out(checkpoint):
     assert "loss" not in card and "## Data" not in card and "## Recipe" in card and "## Chat" in card
 
 
+def test_the_curve_of_another_run_does_not_reach_the_card(checkpoint):
+    curve = checkpoint.parent / "loss.png"
+    curve.unlink()  # it is drawn at the end of a run
+    folder = export(checkpoint, state_of(100))
+    plain = (folder / "README.md").read_text()
+    curve.write_bytes(b"another run's")  # now at the same path
+    model_card.write(folder)
+    assert (folder / "README.md").read_text() == plain and not (folder / "loss.png").exists()
+
+
+def test_no_link_to_a_private_file_is_published(checkpoint):
+    Path("private").write_text("| private |")
+    for path in (checkpoint.parent / "loss.png", Path("data/sft_v1/report.md")):
+        path.unlink()
+        path.symlink_to(Path("private").absolute())
+    folder = export(checkpoint, state_of(100))
+    assert not (folder / "loss.png").exists() and "## Data" not in (folder / "README.md").read_text()
+    assert not [path for path in folder.iterdir() if "private" in path.read_text()]
+    for name in ("checkpoints", "data"):  # folders on another disk, which is how a user has links
+        Path(name).rename(f"{name}-moved")
+        Path(name).symlink_to(f"{name}-moved")
+    for path in (checkpoint.parent / "loss.png", Path("data/sft_v1/report.md")):
+        path.unlink()
+        path.write_text("its own")
+    folder = export(checkpoint, state_of(100), "again")
+    assert (folder / "loss.png").read_text() == "its own" and "its own" in (folder / "README.md").read_text()
+
+
 def test_data_that_the_run_was_not_trained_on_is_not_shown(checkpoint):
     report = json.loads(Path("data/sft_v1/report.json").read_text())
     Path("data/sft_v1/report.json").write_text(json.dumps(report | {"digest": {"train": "cc"}}))
@@ -120,6 +153,7 @@ def test_the_comparison_of_another_model_does_not_reach_the_card(checkpoint, cap
     plain = (folder / "README.md").read_text()
     for path in checkpoint.parent.glob("*.*"):
         path.unlink()  # the card needs nothing of the run any more
+    shutil.rmtree("models")
     assert model_card.write(folder, results) == "there is no eval-results/comparison.json"
     write_pair(Path(), MINE, MINE)
     edit_json(results / "after/run.json", files_sha256=eval_results.weights_in(folder))
@@ -145,6 +179,87 @@ def test_a_source_named_by_others_forges_no_row_and_no_html(checkpoint):
     path.write_text(json.dumps(report))
     card = (export(checkpoint, state_of(100)) / "README.md").read_text()
     assert r"| x \| y \| forged \| &lt;img> \| | unknown |" in card
+
+
+def templated(document):
+    """Make lm_eval's results those of a chat pass."""
+    document.update(chat_template_sha="abc")
+
+
+def measure(folder):
+    """Write every result of the export `folder`: lm_eval, the chat pass and the built-in check. Returns: their Path."""
+    results, weights = Path("eval-results"), eval_results.weights_in(folder)
+    resized = eval_results.weights_in("models/resized")
+    write_pair(Path(), MINE, MINE)
+    for side, digests in (("before", resized), ("after", weights)):
+        write_run(results / f"{side}-chat", MINE, change=templated)
+        edit_json(results / f"{side}-chat/run.json", files_sha256=digests)
+    edit_json(results / "after/run.json", files_sha256=weights)
+    row = {"label": "x", "metric": "loss", "before": [1, 2], "after": [1, 2], "weights": [1, 1]}
+    check = {"rows": [row], "notes": [], "weights_sha256": {"before": resized, "after": weights}}
+    (results / "after/assistant.json").write_text(json.dumps(check))
+    return results
+
+
+def test_a_comparison_with_another_model_than_the_runs_base_does_not_reach_the_card(checkpoint, capsys):
+    folder, compare = export(checkpoint, state_of(100)), compare_in(capsys)
+    plain, results = (folder / "README.md").read_text(), measure(folder)
+    other = {"model.safetensors": "f" * 64}
+    for part, names in (
+        ("lm_eval", ["before"]),
+        ("lm_eval through the chat template", ["before-chat"]),
+        ("Is it a better assistant?", []),
+    ):
+        for name in names:
+            edit_json(results / name / "run.json", files_sha256=other)
+        check = json.loads((results / "after/assistant.json").read_text())
+        if part != "lm_eval":
+            edit_json(results / "after/assistant.json", weights_sha256=check["weights_sha256"] | {"before": other})
+        if not names:
+            shutil.rmtree(results / "after-chat")
+        compare()
+        reason = model_card.write(folder, results)
+        assert f"comparison.json ({part}) compares with another model than the one that export was trained" in reason
+        assert (folder / "README.md").read_text() == plain and not (folder / "comparison.png").exists()
+        measure(folder)
+        compare()
+        assert model_card.write(folder, results) is None
+        (folder / "comparison.png").unlink()
+
+
+def test_no_honest_comparison_is_kept_off_the_card(checkpoint, capsys):
+    Path("models").rename("elsewhere")
+    Path("models").symlink_to("elsewhere")
+    folder = export(checkpoint, state_of(100))
+    results, compare = measure(folder), compare_in(capsys)
+    compare()
+    assert model_card.write(folder, results) is None and (folder / "README.md").read_text().count("\n### ") == 3
+    edit_json(results / "before/run.json", files_sha256=eval_results.weights_in("models/resized"))  # as BASE_MODEL
+    compare()
+    assert model_card.write(folder, results) is None
+    for name in ("before", "after"):  # only the chat pass was measured
+        shutil.rmtree(results / name)
+    run_eval.main({"EVAL_RESULTS": "eval-results", "EXPORT_DIR": "export"}, "compare")
+    assert capsys.readouterr().out.endswith("export/README.md is up to date\n")
+    assert "through the chat template" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, {}, {"weights_sha256": [1]}, {"weights_sha256": {"base": {"model.safetensors": "before"}, "resized": {}}}],
+)
+def test_without_a_record_of_the_base_the_card_shows_no_comparison(checkpoint, capsys, record):
+    path = Path("models/resized/resize.json")
+    path.unlink() if record is None else path.write_text(json.dumps(record))
+    folder = export(checkpoint, state_of(100))
+    results = measure(folder)
+    compare_in(capsys)()
+    sentence = "training.json doesn't name the base: run resize_vocab.py again, then export_hf.py"
+    assert sentence in model_card.write(folder, results)
+    training = json.loads((folder / model_card.TRAINING).read_text())
+    del training["weights_sha256"]  # as an older export has it
+    (folder / model_card.TRAINING).write_text(json.dumps(training))
+    assert sentence in model_card.write(folder, results)
 
 
 def test_a_card_that_cannot_be_written_is_refused_in_one_sentence(checkpoint):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models
 
 import resize_vocab
+from sft.evaluation import eval_results
 
 MARKERS = {"<|im_start|>": 49_152, "<|im_end|>": 49_153, "<think>": 49_154, "</think>": 49_155}
 
@@ -85,6 +86,17 @@ def test_new_rows_are_the_mean_and_everything_else_keeps_its_bits(
     assert record["new_ids"] == MARKERS and record["base_rows"] == 49_152 and record["averaged_rows"] == 49_152
     stdout = capsys.readouterr().out
     assert "49,152 -> 49,156 rows" in stdout and "verified" in stdout
+
+
+def test_it_records_which_weights_it_was_made_from_and_which_it_wrote(tmp_path, bpe_tokenizer_dir, prepared):
+    base = write_base(tmp_path / "base", bpe_tokenizer_dir, max_shard_size="300KB")
+    (tmp_path / "cache").mkdir()
+    for number, path in enumerate(sorted(base.glob("*.safetensors"))):  # as the hub's cache has them
+        path.symlink_to(path.rename(tmp_path / "cache" / f"{number}"))
+    run(base, prepared, tmp_path / "out")
+    digests = json.loads((tmp_path / "out" / "resize.json").read_text())["weights_sha256"]
+    assert digests == {"base": eval_results.weights_in(base), "resized": eval_results.weights_in(tmp_path / "out")}
+    assert len(digests["base"]) > 1 and all(len(digest) == 64 for digest in digests["base"].values())
 
 
 def test_new_ids_inside_padding_are_set_and_padding_takes_no_part_in_the_mean(

@@ -137,7 +137,11 @@ def folder(tmp_path_factory):
     write_model(root / "exports/long", extended, seed=1, context=2048)
     settings = dict.fromkeys(model_card.RECIPE, 1) | {"DATA_DIR": "nowhere", "RESIZED_MODEL": "models/resized"}
     state = {"step": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
-    training = model_card.describe(Path("checkpoints/sft_v1/step_000009"), state, 1, "bfloat16")
+    models = {side: root / "models" / side for side in ("base", "resized")}
+    digests = {side: eval_results.weights_in(model) for side, model in models.items()}
+    (models["resized"] / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
+    checkpoint = Path("checkpoints/sft_v1/step_000009")
+    training = model_card.describe(checkpoint, state, models["resized"], 1, "bfloat16")
     (root / "exports/sft_v1" / model_card.TRAINING).write_text(json.dumps(training))
     return root
 

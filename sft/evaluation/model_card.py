@@ -1,7 +1,7 @@
 """The model card of an export: how the model was trained, on what, what that changed, and how to chat with it.
 
-export_hf.py writes what `describe` returns into the export as training.json. `write` makes the README.md from that
-file and the evaluation's results; run_eval.sh calls it again when the results are there.
+export_hf.py writes what `describe` returns into the export as training.json (`write_first`). `write` makes the
+README.md from that file and the evaluation's results; run_eval.sh calls it again when the results are there.
 """
 
 import json
@@ -49,21 +49,39 @@ In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
 # ==== What the export keeps of the training run ====
 
 
-def describe(checkpoint, state, parameters, dtype_name):
+def describe(checkpoint, state, resized, parameters, dtype_name):
     """Return the content of training.json, a dict.
 
-    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; parameters: their number in the export;
-    dtype_name: of the exported weights.
+    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; resized: folder that the run started
+    from; parameters: their number in the export; dtype_name: of the exported weights.
     """
     return {
         "checkpoint": checkpoint.name,
-        "checkpoint_dir": str(checkpoint.parent),
         "parameters": parameters,
         "dtype": dtype_name,
         "state": state,
         "losses": read_losses(checkpoint.parent, state["step"]),
         "data": read_data(state),
+        "weights_sha256": read_base(Path(resized)),
     }
+
+
+def read_base(resized):
+    """Return {"base" | "resized": {file name: SHA-256}} of the weights of the base, and of the folder made from it.
+
+    "base" is None unless the resize.json in the folder `resized` belongs to its weights and names the base's.
+    """
+    weights, base = eval_results.weights_in(resized), None
+    if (resized / "resize.json").is_file():
+        named = system.read_json(resized / "resize.json", "resize_vocab.py").get("weights_sha256")
+        if isinstance(named, dict) and named.get("resized") == weights:
+            base = named.get("base")
+    return {"base": base, "resized": weights}
+
+
+def is_own_file(path):
+    """Return whether the Path is a file and no link: a link may lead to a private file, and an export is published."""
+    return path.is_file() and not path.is_symlink()
 
 
 def read_losses(checkpoint_dir, step):
@@ -94,10 +112,10 @@ def read_losses(checkpoint_dir, step):
 def read_data(state):
     """Return what the card says about the data: dict of `table` (Markdown) and `sources` (list of dicts).
 
-    It is None if DATA_DIR no longer holds what the run was trained on.
+    It is None if DATA_DIR no longer holds what the run was trained on, or a report is a link to a file elsewhere.
     """
     path = Path(state["settings"]["DATA_DIR"]) / "report.json"
-    if not path.is_file():
+    if not all(is_own_file(one) for one in (path, path.with_suffix(".md"))):
         return None
     report = system.read_json(path, "prepare_data.py")
     if state["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
@@ -132,10 +150,11 @@ def read_sources(report):
 # ==== The card ====
 
 
-def why_not_shown(folder, results):
+def why_not_shown(folder, training, results):
     """Return why the comparison in the folder `results` is not one of the export `folder`, a phrase, or None if it is.
 
-    compare_evals.py writes the digests of the weights, of its page and of its chart into comparison.json.
+    training: dict of its training.json. compare_evals.py writes the digests of the weights, of its page and of its
+    chart into comparison.json. A part may compare with the base or with the resized base, which both come before.
     """
     record = results / "comparison.json"
     if not record.is_file():
@@ -145,8 +164,17 @@ def why_not_shown(folder, results):
         path, digest = results / name, comparison.get("files_sha256", {}).get(name)
         if not path.is_file() or system.sha256(path) != digest:
             return f"{path} is not the one that {record} was written with"
-    if comparison["parts"][0]["weights"]["after"] != eval_results.weights_in(folder):
-        return f"{record} is about other weights than those in {folder}"
+    weights, trained_from = eval_results.weights_in(folder), training.get("weights_sha256", {})
+    for part in comparison["parts"]:
+        if part["weights"]["after"] != weights:
+            return f"{record} is about other weights than those in {folder}"
+        if not trained_from.get("base"):
+            return f"{folder / TRAINING} doesn't name the base: run resize_vocab.py again, then export_hf.py"
+        if part["weights"]["before"] not in trained_from.values():
+            return (
+                f"{record} ({part['title']}) compares with another model than the one that {folder} was trained from: "
+                "measure `before` again"
+            )
     return None
 
 
@@ -186,18 +214,29 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
+def write_first(folder, checkpoint, training):
+    """Write training.json, the loss curve and the card into a new export `folder`.
+
+    checkpoint: Path of the checkpoint's folder; training: what `describe` returned. The curve is copied here only:
+    later the run may have gone on, or another may stand in its place.
+    """
+    system.write_whole(folder / TRAINING, json.dumps(training, indent=1) + "\n")
+    curve = checkpoint.parent / "loss.png"
+    if is_own_file(curve):
+        system.write_whole(folder / "loss.png", curve.read_bytes())
+    write(folder)
+
+
 def write(folder, results=None):
-    """Write README.md, and the pictures it shows, into the export `folder`.
+    """Write README.md, and the chart it shows, into the export `folder`.
 
     It reads training.json there, and the comparison in the folder `results` (None: there is none yet) if that is one
-    of these weights. Returns: why the card has no comparison, a phrase, or None if it has.
+    of these weights and of those that the run started from. Returns: why the card has no comparison, a phrase, or None
+    if it has.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
-    curve = Path(training["checkpoint_dir"]) / "loss.png"
-    if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may go on after the export
-        system.write_whole(folder / "loss.png", curve.read_bytes())
-    missing = why_not_shown(folder, Path(results)) if results else "it is not measured yet"
+    missing = why_not_shown(folder, training, Path(results)) if results else "it is not measured yet"
     state = training["state"]
     lines = [
         "---",

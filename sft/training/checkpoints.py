@@ -24,6 +24,7 @@ from sft.training import distributed
 MANIFEST = "manifest.json"
 STATE = "state.json"
 SHOWN_DIFFERENCES = 6  # of fingerprints, in a message
+OTHER_VERSION = "another version of this suite wrote it"
 
 # ==== Names ====
 
@@ -186,8 +187,19 @@ class Reader(dcp.FileSystemReader):
 # ==== Verification ====
 
 
+def parts_of(fingerprint):
+    """Return the set of the names in a fingerprint (dict) that are no keys of a JSON file."""
+    return {name for name in fingerprint if " " not in name}
+
+
 def fingerprint_differences(then, now):
-    """Return in a phrase how two fingerprints (dicts) differ, in SHOWN_DIFFERENCES names at most; "" if they do not."""
+    """Return in a phrase how two fingerprints (dicts) differ, in SHOWN_DIFFERENCES names at most; "" if they do not.
+
+    then: as it was stored, maybe by older code, which named other parts: then the phrase is OTHER_VERSION. The keys of
+    a JSON file ("config.json KEY") are no parts: they are the base's own. An empty `then` names no version.
+    """
+    if not isinstance(then, dict) or (then and parts_of(then) != parts_of(now)):
+        return OTHER_VERSION
     phrases = system.differences(then, now)
     more = len(phrases) - SHOWN_DIFFERENCES
     return "; ".join(phrases[:SHOWN_DIFFERENCES] + [f"{more} more"] * (more > 0))
