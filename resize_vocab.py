@@ -19,7 +19,6 @@ from safetensors import safe_open
 
 from sft import hf_folder, settings, system
 from sft.data import chatml
-from sft.evaluation import eval_results
 from sft.hf_folder import EMBEDDING, HEAD
 
 # ---- Folders ----
@@ -254,13 +253,13 @@ def main(args):
         "new_ids": new_tokens,
         "averaged_rows": len(old_ids),
         "tokenizer_sha256": hf_folder.tokenizer_digests(tokenizer_folder),
-        "weights_sha256": {"base": eval_results.weights_in(base)},  # what `before` must have measured
+        "weights_sha256": {"base": system.weight_digests(base)},  # what `before` must have measured
     }
     with system.staged(output, "--resized-model") as staging:
         write_weights(base, layout, staging, change)
         write_configs(base, staging, config, ids, rows)
         copy_tokenizer(tokenizer_folder, staging)
-        record["weights_sha256"]["resized"] = eval_results.weights_in(staging)
+        record["weights_sha256"]["resized"] = system.weight_digests(staging)
         (staging / "resize.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         verify(base, staging, new_ids, real, tied)
     report(args, record, vocab_size)

@@ -37,6 +37,11 @@ def folder_digest(folder, *patterns):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def weight_digests(folder):
+    """Return {file name: SHA-256} of the safetensors in the model folder `folder`."""
+    return {path.name: sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
 def read_json(path, made_by=None):
     """Return the JSON object in the file `path`. made_by: the script that writes it; None: it comes from elsewhere.
 

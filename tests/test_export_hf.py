@@ -36,7 +36,7 @@ import chat
 import export_hf
 import resize_vocab
 from sft import hf_folder, system
-from sft.evaluation import eval_results, model_card
+from sft.evaluation import model_card
 from sft.training import checkpoints
 
 ANSWERS = {
@@ -546,7 +546,7 @@ def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
     files = {name: system.sha256(results / name) for name in ("comparison.md", "comparison.png")}
-    before, after = (eval_results.weights_in(path) for path in (tmp_path / "models" / "base", folder))
+    before, after = (system.weight_digests(path) for path in (tmp_path / "models" / "base", folder))
     other = {"model.safetensors": "0" * 64}
     for sides, shown in (((before, other), False), ((other, after), False), ((before, after), True)):
         parts = [{"title": "lm_eval", "weights": dict(zip(("before", "after"), sides, strict=True))}]

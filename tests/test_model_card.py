@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
 
-from sft.evaluation import eval_results, model_card, run_eval
+from sft.evaluation import model_card, run_eval
 
 DIGEST = {"train": "aa", "validation": "bb"}
 METRICS = [
@@ -53,7 +53,7 @@ def checkpoint(tmp_path, monkeypatch):
     resized = Path("models/resized")
     resized.mkdir(parents=True)
     (resized / "model.safetensors").write_bytes(b"resized")
-    digests = {"base": {"model.safetensors": "before"}, "resized": eval_results.weights_in(resized)}
+    digests = {"base": {"model.safetensors": "before"}, "resized": system.weight_digests(resized)}
     (resized / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
     data = Path("data/sft_v1")
     data.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_the_comparison_of_another_model_does_not_reach_the_card(checkpoint, cap
     shutil.rmtree("models")
     assert model_card.write(folder, results) == "there is no eval-results/comparison.json"
     write_pair(Path(), MINE, MINE)
-    edit_json(results / "after/run.json", files_sha256=eval_results.weights_in(folder))
+    edit_json(results / "after/run.json", files_sha256=system.weight_digests(folder))
     write_run(results / "other", {"mine": {"acc": share(9, 9)}})  # another model, in a folder next to `after`
     compare = compare_in(capsys)
     compare(AFTER="eval-results/other")
@@ -188,8 +188,8 @@ def templated(document):
 
 def measure(folder):
     """Write every result of the export `folder`: lm_eval, the chat pass and the built-in check. Returns: their Path."""
-    results, weights = Path("eval-results"), eval_results.weights_in(folder)
-    resized = eval_results.weights_in("models/resized")
+    results, weights = Path("eval-results"), system.weight_digests(folder)
+    resized = system.weight_digests("models/resized")
     write_pair(Path(), MINE, MINE)
     for side, digests in (("before", resized), ("after", weights)):
         write_run(results / f"{side}-chat", MINE, change=templated)
@@ -234,7 +234,7 @@ def test_no_honest_comparison_is_kept_off_the_card(checkpoint, capsys):
     results, compare = measure(folder), compare_in(capsys)
     compare()
     assert model_card.write(folder, results) is None and (folder / "README.md").read_text().count("\n### ") == 3
-    edit_json(results / "before/run.json", files_sha256=eval_results.weights_in("models/resized"))  # as BASE_MODEL
+    edit_json(results / "before/run.json", files_sha256=system.weight_digests("models/resized"))  # as BASE_MODEL
     compare()
     assert model_card.write(folder, results) is None
     for name in ("before", "after"):  # only the chat pass was measured

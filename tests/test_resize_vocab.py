@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models
 
 import resize_vocab
-from sft.evaluation import eval_results
 
 MARKERS = {"<|im_start|>": 49_152, "<|im_end|>": 49_153, "<think>": 49_154, "</think>": 49_155}
 
@@ -95,7 +94,7 @@ def test_it_records_which_weights_it_was_made_from_and_which_it_wrote(tmp_path, 
         path.symlink_to(path.rename(tmp_path / "cache" / f"{number}"))
     run(base, prepared, tmp_path / "out")
     digests = json.loads((tmp_path / "out" / "resize.json").read_text())["weights_sha256"]
-    assert digests == {"base": eval_results.weights_in(base), "resized": eval_results.weights_in(tmp_path / "out")}
+    assert digests == {"base": system.weight_digests(base), "resized": system.weight_digests(tmp_path / "out")}
     assert len(digests["base"]) > 1 and all(len(digest) == 64 for digest in digests["base"].values())
 
 

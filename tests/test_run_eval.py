@@ -138,7 +138,7 @@ def folder(tmp_path_factory):
     settings = dict.fromkeys(model_card.RECIPE, 1) | {"DATA_DIR": "nowhere", "RESIZED_MODEL": "models/resized"}
     state = {"step": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
     models = {side: root / "models" / side for side in ("base", "resized")}
-    digests = {side: eval_results.weights_in(model) for side, model in models.items()}
+    digests = {side: system.weight_digests(model) for side, model in models.items()}
     (models["resized"] / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
     checkpoint = Path("checkpoints/sft_v1/step_000009")
     training = model_card.describe(checkpoint, state, models["resized"], 1, "bfloat16")

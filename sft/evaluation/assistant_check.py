@@ -23,7 +23,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from sft import hf_folder, settings, system
-from sft.evaluation import eval_results, reading_check
+from sft.evaluation import reading_check
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder written by prepare_data.py
@@ -264,7 +264,7 @@ def main(args):
     context = hf_folder.load_config(args["EXPORT_DIR"], "Run export_hf.py again.").max_position_embeddings
     prompts = pick_prompts(rows, tokenizer, context - args["MAX_NEW_TOKENS"], args["ANSWERS"])
     folders = {"before": args["RESIZED_MODEL"], "after": args["EXPORT_DIR"]}
-    weights = {side: eval_results.weights_in(folder) for side, folder in folders.items()}
+    weights = {side: system.weight_digests(folder) for side, folder in folders.items()}
     sides = []
     for folder in folders.values():
         print(f"{folder}: {len(rows)} held-out conversations, plain text, {len(prompts)} answers", flush=True)

@@ -205,11 +205,6 @@ def weights_of(run):
     return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
 
 
-def weights_in(folder):
-    """Return {file name: SHA-256} of the weights in the model folder `folder`."""
-    return {path.name: system.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-
-
 def check_comparable(before, after):
     """Compare how two runs were measured.
 

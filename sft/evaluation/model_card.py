@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from sft import system, text
-from sft.evaluation import eval_results
 
 # ==== Constants ====
 
@@ -71,7 +70,7 @@ def read_base(resized):
 
     "base" is None unless the resize.json in the folder `resized` belongs to its weights and names the base's.
     """
-    weights, base = eval_results.weights_in(resized), None
+    weights, base = system.weight_digests(resized), None
     if (resized / "resize.json").is_file():
         named = system.read_json(resized / "resize.json", "resize_vocab.py").get("weights_sha256")
         if isinstance(named, dict) and named.get("resized") == weights:
@@ -164,7 +163,7 @@ def why_not_shown(folder, training, results):
         path, digest = results / name, comparison.get("files_sha256", {}).get(name)
         if not path.is_file() or system.sha256(path) != digest:
             return f"{path} is not the one that {record} was written with"
-    weights, trained_from = eval_results.weights_in(folder), training.get("weights_sha256", {})
+    weights, trained_from = system.weight_digests(folder), training.get("weights_sha256", {})
     for part in comparison["parts"]:
         if part["weights"]["after"] != weights:
             return f"{record} is about other weights than those in {folder}"
