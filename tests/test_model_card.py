@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
 
+from sft import system
 from sft.evaluation import model_card, run_eval
 
 DIGEST = {"train": "aa", "validation": "bb"}

@@ -21,6 +21,7 @@ import pytest
 from helpers import ROOT, copy_lm_eval, edit_json, write_conversations, write_dataset, write_model, write_tokenizer
 from transformers import AutoTokenizer
 
+from sft import system
 from sft.evaluation import eval_results, model_card, run_eval
 
 SEVEN = ("mmlu", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
