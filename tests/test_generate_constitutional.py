@@ -246,7 +246,7 @@ def test_no_row_holds_the_constitution_and_no_file_the_key(whole):
     text = (folder / "rows.jsonl").read_text()
     assert not checks.word_runs(text, 12) & checks.word_runs(TEXT, 12)
     assert all(b"sk-ant-secret" not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
-    assert all({"sk-ant-secret"} <= set(headers.values()) for _, headers, _ in stub.requests), stub.requests[0][1]
+    assert all("sk-ant-secret" in str(headers) for _, headers, _ in stub.requests)
 
 
 def test_a_finished_run_asks_nothing_again_and_the_plan_agrees(whole, tmp_path, capsys):
