@@ -71,6 +71,7 @@ words = st.text("abcdefgh ", min_size=1, max_size=30).map(str.strip).filter(bool
 entries = st.lists(words, min_size=1, max_size=4, unique=True)
 
 
+@settings(deadline=None)
 @given(askers=entries, topics=entries, manner=words, ids=st.sets(st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)))
 def test_what_is_written_is_read(askers, topics, manner, ids):
     lines = ["# T", "## Who", "- name: N", "- maker: M", "- language: en", "", manner, "## Principles"]
@@ -87,6 +88,7 @@ def test_what_is_written_is_read(askers, topics, manner, ids):
         assert category.topics == topics and category.formats == [constitution.Format(2, 5, 9, True)]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_constitution_is_read_or_gets_a_sentence(data):
     lines = TEXT.split("\n")
@@ -116,7 +118,7 @@ unanswered = st.fixed_dictionaries({"key": st.sampled_from("abcdef"), "unanswere
 
 
 @given(lines=st.lists(answers | sent | errors | unanswered, max_size=12), data=st.data())
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stage_file_that_was_cut_at_any_byte_keeps_every_whole_line_and_takes_the_next(tmp_path, lines, data):
     path = tmp_path / "stage.jsonl"
     written = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -141,7 +143,7 @@ def test_a_stage_file_that_was_cut_at_any_byte_keeps_every_whole_line_and_takes_
 
 
 @given(st.lists(st.binary(max_size=30)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_in_a_stage_file_is_counted_and_ends_nothing(tmp_path, lines):
     path = tmp_path / "stage.jsonl"
     path.write_bytes(b"\n".join(lines))
