@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoTokenizer, TextStreamer
 
 from sft import hf_folder, settings
+from sft.text import printable
 
 # ---- Model ----
 EXPORT_DIR = "exports/sft_v1"  # Hugging Face folder with a chat template
@@ -57,6 +58,13 @@ def read_question():
         return None
 
 
+class PrintableStreamer(TextStreamer):
+    """Prints an answer as it is generated, with control characters escaped: a model may write any."""
+
+    def on_finalized_text(self, text, stream_end=False):
+        super().on_finalized_text(printable(text), stream_end)
+
+
 def stream_answer(model, tokenizer, turns, temperature, max_new_tokens):
     """Print the answer to the conversation `turns` (list of {"role", "content"}) as it is generated.
 
@@ -77,7 +85,7 @@ def stream_answer(model, tokenizer, turns, temperature, max_new_tokens):
     limit = min(max_new_tokens, window - length)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": TOP_P} if temperature else {"do_sample": False}
     print("Model: ", end="", flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     ids = model.generate(**inputs, streamer=streamer, max_new_tokens=limit, **sampling)[0, length:]
     if ids[-1].item() not in hf_folder.stop_ids(model.generation_config):
         print(f"(cut at {len(ids):,} tokens)")

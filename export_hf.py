@@ -24,10 +24,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sft import hf_folder, settings, system
+from sft import hf_folder, settings, system, text
 from sft.data import chatml
 from sft.evaluation import model_card, reading_check
 from sft.training import checkpoints
@@ -91,22 +90,19 @@ def describe_resized(resized):
 def match_checkpoint(checkpoint, state, resized):
     """Return {name: shape} of the weights in `checkpoint`, in the order of the folder `resized`.
 
-    state: of `choose_checkpoint`. Raises: SystemExit if the folder's weights or tokenizer are not the run's, if it
-    cannot end a turn, or if the names or shapes in the checkpoint are others.
+    state: of `choose_checkpoint`. Raises: SystemExit if the folder's weights, configuration or tokenizer are not the
+    run's, if it cannot end a turn, or if the names or shapes in the checkpoint are others.
     """
     hf_folder.shards(resized)  # a folder without a model gets its own message
-    fingerprints = {
-        "base": system.folder_digest(resized, "*.safetensors"),
-        "tokenizer": system.sha256(Path(resized) / "tokenizer.json"),
-    }
-    for kind, fingerprint in fingerprints.items():
-        if state["fingerprints"][kind] != fingerprint:
-            raise SystemExit(
-                f"{resized} is not the {kind} that {checkpoint} was trained from. Name it with --resized-model."
-            )
+    trained_from = {name: value for name, value in state["fingerprints"].items() if name != "data"}
+    if different := checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized)):
+        raise SystemExit(
+            f"{resized} is not the base that {checkpoint} was trained from: {different}. Name the folder that the run "
+            "started from with --resized-model, or bring it back."
+        )
     expected, _ = describe_resized(resized)
     stored = {}
-    for key, entry in dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata.items():
+    for key, entry in checkpoints.Reader(str(checkpoint)).read_metadata().state_dict_metadata.items():
         if key.startswith("model."):
             stored[key.removeprefix("model.")] = entry.size
     different = [name for name in sorted(stored | expected) if stored.get(name) != expected.get(name)]
@@ -143,7 +139,7 @@ def read_weights(checkpoint, names, shapes, dtype):
         state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in group}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
-            dcp.load(state, checkpoint_id=str(checkpoint), no_dist=True)
+            dcp.load(state, storage_reader=checkpoints.Reader(str(checkpoint)), no_dist=True)
         for key, tensor in state.items():
             weights[key.removeprefix("model.")] = tensor.to(dtype)
     for name, tensor in weights.items():
@@ -162,7 +158,7 @@ def write_weights(checkpoint, shapes, dtype, max_bytes, output):
     if len(groups) > 1:
         layout = {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
     for file_name, names in layout.items():
-        save_file(read_weights(checkpoint, names, shapes, dtype), output / file_name, metadata={"format": "pt"})
+        hf_folder.save_weights(read_weights(checkpoint, names, shapes, dtype), output / file_name)
     hf_folder.write_index(output, layout, count_parameters(shapes) * dtype.itemsize)
 
 
@@ -187,9 +183,12 @@ def older_names(config):
 
 def write_configs(resized, output, dtype_name):
     """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know."""
-    for path in Path(resized).iterdir():
-        if path.is_file() and not path.name.startswith("model") and path.name != "resize.json":
-            shutil.copyfile(path, output / path.name)
+    for name in ("config.json", "generation_config.json", *hf_folder.TOKENIZER_FILES):
+        path = Path(resized) / name
+        if path.is_symlink():
+            raise SystemExit(f"{path} is a link, and an export publishes no file from elsewhere. Put the file here.")
+        if path.is_file():
+            shutil.copyfile(path, output / name)
     config = system.read_json(output / "config.json", "resize_vocab.py") | {"dtype": dtype_name}
     config |= older_names(config)
     tokenizer = system.read_json(output / "tokenizer_config.json", "resize_vocab.py")
@@ -217,9 +216,9 @@ def check_tokenizer(resized, output):
     if not tokenizer.chat_template == legacy == template:
         raise SystemExit(f"{output}: its chat template is not the one of {resized}. {EXPORT_AGAIN}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    written = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    served_ids = tokenizer(text, add_special_tokens=False).input_ids  # how servers encode the template's text
+    served_ids = tokenizer(written, add_special_tokens=False).input_ids  # how servers encode the template's text
     if served_ids != ids:
         raise SystemExit(
             f"{output}: the template's text gives {served_ids}, the template itself {ids}. Run prepare_data.py again."
@@ -255,6 +254,15 @@ def check_configs(output, shapes, ids):
             f"{output}: generation stops at {stops} and pads with {generation.pad_token_id}; it must stop at "
             f"{ids['eos']} and pad with another token. Correct its generation_config.json."
         )
+
+
+def check_configuration(resized, output):
+    """Raise SystemExit unless `output` has all of `resized`'s configuration; it has more, for older readers."""
+    expected = hf_folder.configuration(resized)
+    expected.pop("tokenizer_config.json")
+    found = hf_folder.configuration(output)
+    if different := checkpoints.fingerprint_differences(expected, {name: found.get(name) for name in expected}):
+        raise SystemExit(f"{output} is not an export from {resized}: {different}. {EXPORT_AGAIN}")
 
 
 def dry_run(resized):
@@ -328,6 +336,7 @@ def verify(checkpoint, shapes, dtype, resized, output):
         if not torch.equal(ours, theirs):
             raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's. {EXPORT_AGAIN}")
     check_configs(output, shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
+    check_configuration(resized, output)
     return model, tokenizer
 
 
@@ -343,7 +352,7 @@ def sample_answers(model, tokenizer, output, max_new_tokens):
         answer, ended = hf_folder.answer(model, tokenizer, question, max_new_tokens)
         any_ended |= ended
         ending = "ended by itself" if ended else f"cut at {max_new_tokens} tokens"
-        print(f"\nQ: {question}\nA: {answer}\n   ({ending})")
+        print(f"\nQ: {question}\nA: {text.printable(answer)}\n   ({ending})")
     if not any_ended:
         print("WARNING: no answer ended by itself: trained too little, or without TRAIN_ON_SPECIAL_TOKENS.")
 

@@ -59,6 +59,7 @@ PLAN_ONLY = False  # print the plan and stop
 
 AT_LEAST = {"EXAMPLES": 1, "HELD_OUT": 0, "QUESTIONS_PER_CALL": 1, "CONCURRENCY": 1, "MAX_RETRIES": 0, "BATCH_SIZE": 1}
 AT_LEAST |= {"JUDGE_THRESHOLD": 0, "PRICE_INPUT": 0, "PRICE_OUTPUT": 0, "MAX_COST": 0, "TEMPERATURE": 0, "SEED": 0}
+AT_LEAST |= {"TIMEOUT_SECONDS": 0, "POLL_SECONDS": 0}
 ABOVE_0 = ("TIMEOUT_SECONDS", "POLL_SECONDS")
 SETTINGS_OF_ANSWERS = ("SEED", "MODEL", "TEMPERATURE", "QUESTIONS_PER_CALL", "JUDGE_MODEL")
 MAX_ROUNDS = 6  # of asking for more questions where too many conversations were rejected
@@ -219,11 +220,7 @@ def write_result(items, goals, teacher, work, args):
 
 def validate_settings(args):
     """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
-    if args["PROVIDER"] not in teachers.SERVERS:
-        raise SystemExit(f"PROVIDER is {args['PROVIDER']!r}; it must be one of {', '.join(teachers.SERVERS)}.")
-    for name, least in AT_LEAST.items():
-        if args[name] < least:
-            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    settings.check_bounds(args, {"PROVIDER": teachers.SERVERS}, AT_LEAST)
     for name in ABOVE_0:
         if not args[name] > 0:
             raise SystemExit(f"{name} is {args[name]}; it must be above 0.")

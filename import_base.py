@@ -13,7 +13,6 @@ this step if the base is a Hugging Face folder already.
 """
 
 import json
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from sft import hf_folder, settings, system
 from sft.data import sentencepiece_tokenizer
 from sft.evaluation import reading_check
+from sft.training import checkpoints
 
 # ---- Files ----
 CHECKPOINT = "pretrain/step_040000"  # DCP folder | torch.save file | .safetensors file or a folder of them
@@ -92,49 +92,6 @@ def is_llama_name(name):
 # A tensor's key is (group, name): group is the dotted path of the dict that holds it, "" at the top. Each function that
 # opens a checkpoint returns its entries, {key: (shape, dtype)}, and a function that reads the tensors of some keys.
 
-PICKLED = {  # all that the `.metadata` of a DCP folder consists of, besides the dtypes
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex "
-        "StorageMeta _MEM_FORMAT_ENCODING"
-    ),
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
-    "torch.serialization": "_get_layout",
-    "torch": "Size",
-    "pathlib": "PosixPath",
-    "collections": "OrderedDict",
-}
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads a `.metadata` that someone else wrote: a pickle may name any function to run, this one may not."""
-
-    def find_class(self, module, name):
-        if name in PICKLED.get(module, "").split():
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP metadata needs")
-
-
-class ForeignReader(dcp.FileSystemReader):
-    """DCP's reader of a folder, with the restricted unpickler."""
-
-    def read_metadata(self, *args, **kwargs):
-        """Return the `Metadata` of the folder.
-
-        Raises: SystemExit if it isn't valid metadata or names forbidden objects.
-        """
-        try:
-            with (Path(self.path) / ".metadata").open("rb") as file:
-                metadata = MetadataUnpickler(file).load()
-            stored = {index.fqn for index in metadata.storage_data}
-            if stored != metadata.state_dict_metadata.keys():
-                raise ValueError("its lists of names differ")
-        except Exception as error:  # a damaged pickle raises whatever its bytes spell
-            raise SystemExit(f"{self.path}: its .metadata cannot be read ({error}). Choose another one.") from None
-        return metadata
-
 
 def check_sizes(folder, metadata):
     """Raise SystemExit if a file of the DCP `folder` is missing or shorter than its `Metadata` says."""
@@ -152,14 +109,12 @@ def check_sizes(folder, metadata):
 
 def open_dcp(folder):
     """Return (entries, read) of a DCP folder. Raises: SystemExit if a file is missing or cut short."""
-    reader = ForeignReader(str(folder))
+    reader = checkpoints.Reader(str(folder))
     metadata = reader.read_metadata()
     check_sizes(folder, metadata)
     paths = metadata.planner_data or {}
     stored_names, entries = {}, {}
     for stored_name, entry in metadata.state_dict_metadata.items():
-        if not hasattr(entry, "size"):
-            continue  # not a tensor
         *group, name = paths.get(stored_name, (stored_name,))
         key = ".".join(map(str, group)), str(name)
         stored_names[key] = stored_name

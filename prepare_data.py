@@ -34,8 +34,9 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from sft import settings, system
-from sft.data import chatml, conversations, data_report, decontamination, sources, workers, writer
+from sft import hf_folder, settings, system
+from sft.data import chatml, conversations, data_report, decontamination, hub, sources, workers, writer
+from sft.text import one_line
 
 # ---- Files ----
 BASE_MODEL = "models/base"  # folder with the base's tokenizer.json and tokenizer_config.json
@@ -48,9 +49,9 @@ DATA_DIR = "data/sft_v1"  # folder to write; must be empty or missing
 #   schema             its columns: a name in SCHEMAS in sft/data/conversations.py
 #   examples           conversations kept for training, after all rejections, or "all"
 # and optionally
-#   revision           of a hub data set: its branch, tag or commit ("main")
+#   revision           of a hub data set: its branch, tag or commit ("main"); report.json records the commit
 #   config, split      of a hub data set (its default config, "train"); a "file" needs neither
-#   file               the path of one file in a hub data set, read like a local one
+#   file               the path of one file in a hub data set, read like a local one: a JSON array in little memory
 #   seed               of the draw (42)
 #   repeat             times each conversation is trained on (1)
 #   exclude            {column: [values whose rows are left out]}
@@ -66,8 +67,8 @@ MIXTURE = [  # the sources; as a flag, the path of a JSON file with such a list
     {"name": "tulu", "hub": "allenai/tulu-3-sft-mixture", "revision": "main",
      "split": "train", "schema": "messages", "examples": 100_000, "seed": 42,
      "exclude": {"source": ["ai2-adapt-dev/tulu_hard_coded_repeated_10"]}},  # 240 rows that say who Tülu is
-    {"name": "metamath", "hub": "meta-math/MetaMathQA", "revision": "main",
-     "split": "train", "schema": "query/response", "examples": 50_000, "seed": 42},
+    {"name": "metamath", "hub": "meta-math/MetaMathQA", "file": "MetaMathQA-395K.json", "revision": "main",
+     "schema": "query/response", "examples": 50_000, "seed": 42},
 ]
 # fmt: on
 VALIDATION_CONVERSATIONS = 100  # per source, on top of its examples; of "all" every tenth, up to this number
@@ -229,8 +230,9 @@ def rejected_entries(source_name, result):
 def refuse_too_few(source, selection):
     """Raise SystemExit if the rows of a source did not suffice."""
     counts = selection.counts
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in selection.reasons.most_common()) or "none rejected"
-    if source.examples != "all" and not selection.complete:
+    reasons = ", ".join(f"{count:,} {one_line(reason)}" for reason, count in selection.reasons.most_common())
+    reasons = reasons or "none rejected"
+    if counts["kept"] and source.examples != "all" and not selection.complete:
         raise SystemExit(
             f"{source.name}: {selection.goal:,} conversations are needed, {selection.held_out:,} of them to validate. "
             f"Of {counts['read']:,} rows, {counts['kept']:,} are usable ({reasons}). "
@@ -340,13 +342,13 @@ def build_report(args, lines, tokenizer, overlap, data):
     """Return the report (dict). lines: of the sources; data: the folder that holds the extended tokenizer."""
     digest = {}
     for split in ("train", "validation"):
-        digest[split] = hashlib.sha256("".join(line["digest"][split] for line in lines).encode()).hexdigest()
+        digest[split] = writer.digest_of_digests(line["digest"][split] for line in lines)
     counts = [name for name, value in lines[0].items() if isinstance(value, int)]
     base_tokenizer = Tokenizer.from_file(str(Path(args["BASE_MODEL"]) / "tokenizer.json"))
     return {
         "settings": args,
         "versions": {"python": platform.python_version()} | VERSIONS,
-        "tokenizer_sha256": system.sha256(data / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": hf_folder.tokenizer_digests(data / "tokenizer"),
         "base_model": args["BASE_MODEL"],
         "base_vocab_size": base_tokenizer.get_vocab_size(),
         "vocab_size": len(tokenizer),
@@ -387,12 +389,7 @@ def write_folder(staging, report):
 
 def validate_settings(args):
     """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
-    for name, values in CHOICES.items():
-        if args[name] not in values:
-            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
-    for name, least in AT_LEAST.items():
-        if args[name] < least:
-            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    settings.check_bounds(args, CHOICES, AT_LEAST)
     try:
         sources.check_patterns(args["IDENTITY_PATTERNS"], "IDENTITY_PATTERNS")
     except ValueError as error:
@@ -407,27 +404,28 @@ def main(args):
         return
     started = time.perf_counter()
     mixture, folder = sources.read_mixture(args["MIXTURE"])
-    data_dir = Path(args["DATA_DIR"])
-    system.refuse_unless_empty(data_dir, "--data-dir")
-    staging = system.unfinished(data_dir)
+    data_dir = system.refuse_unless_empty(args["DATA_DIR"], "--data-dir")
+    if "::" in str(data_dir):  # to `datasets`, a chain of addresses
+        raise SystemExit(f'{data_dir}: `datasets` cannot read a folder with "::" in its path. Name another --data-dir.')
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the fork; see workers.serve
-    later = f"Finished sources, if any, stay in {staging}; the same command continues after them."
+    unfinished = system.unfinished(data_dir)
+    later = f"Finished sources, if any, stay in {unfinished}; the same command continues after them."
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with system.lock(staging, "--data-dir"):
+        staging, handle = system.claim(data_dir, "--data-dir")
+        with handle:
             try:
                 report = prepare(args, mixture, folder, staging)
                 if data_dir.exists():
                     data_dir.rmdir()
                 (staging / "data").rename(data_dir)
-                shutil.rmtree(staging, ignore_errors=True)
+                system.remove_claimed(staging)
             finally:
                 if not any((staging / "progress").glob("*.json")):  # nothing is finished: nothing to keep
-                    shutil.rmtree(staging, ignore_errors=True)
+                    system.remove_claimed(staging)
     except ChildProcessError:
         raise SystemExit(f"A worker was killed, most likely out of memory. Lower WORKERS. {later}") from None
     except OSError as error:
-        remedy = "Free disk space." if error.errno in sources.DISK_FULL else "Check the folder and your rights to it."
+        remedy = "Free disk space." if error.errno in hub.DISK_FULL else "Check the folder and your rights to it."
         raise SystemExit(f"{data_dir} cannot be written ({error}). {remedy} {later}") from None
     except KeyboardInterrupt:
         raise SystemExit(f"Stopped. {later}") from None

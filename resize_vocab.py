@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from sft import hf_folder, settings, system
 from sft.data import chatml
@@ -29,7 +28,6 @@ RESIZED_MODEL = "models/resized"  # folder to write; must be empty or missing
 
 # ==== Reading and checking ====
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 RESIZE_AGAIN = "Run resize_vocab.py again."
 
 
@@ -131,7 +129,7 @@ def write_weights(base, layout, output, change):
                 tensor = change(name, file.get_tensor(name))
                 if tensor is not None:
                     tensors[name] = tensor.contiguous()
-        save_file(tensors, output / file_name, metadata={"format": "pt"})
+        hf_folder.save_weights(tensors, output / file_name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         written[file_name] = list(tensors)
     hf_folder.write_index(output, written, total_size)
@@ -156,7 +154,7 @@ def write_configs(base, output, config, ids, rows):
 
 def copy_tokenizer(folder, output):
     """Copy the files of the prepared tokenizer, and nothing else, from `folder` to `output`."""
-    for name in TOKENIZER_FILES:
+    for name in hf_folder.TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, output / name)
 
@@ -254,7 +252,7 @@ def main(args):
         "tied": tied,
         "new_ids": new_tokens,
         "averaged_rows": len(old_ids),
-        "tokenizer_sha256": system.sha256(tokenizer_folder / "tokenizer.json"),
+        "tokenizer_sha256": hf_folder.tokenizer_digests(tokenizer_folder),
     }
     with system.staged(output, "--resized-model") as staging:
         write_weights(base, layout, staging, change)

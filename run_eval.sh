@@ -45,7 +45,7 @@ run_attended() { setpriv --pdeathsig KILL "$@" 9>&- & wait $!; }
 # What happens before and after lm_eval: sft/evaluation/run_eval.py. $1: start | finish | compare
 python_part() {
     PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
-        run_attended "$(dirname "$(command -v lm_eval)")/python" -m sft.evaluation.run_eval "$@"
+        run_attended "$PYTHON" -m sft.evaluation.run_eval "$@"
 }
 
 # Measure the task $1 on the device $2. The task's folder gets its name when all results are written.
@@ -56,7 +56,7 @@ evaluate() {
     [ -z "$LIMIT" ] || options+=(--limit "$LIMIT")
     [ "$CHAT_TEMPLATE" = 0 ] || options+=(--apply_chat_template)
     rm -rf "$unfinished"   # of a run that was killed: nothing in it is a result
-    setpriv --pdeathsig KILL lm_eval run --model hf \
+    setpriv --pdeathsig KILL "$PYTHON" -P -m lm_eval run --model hf \
         --model_args "pretrained=$MODEL,dtype=$DTYPE${MODEL_ARGS:+,$MODEL_ARGS}" --tasks "$1" --device "$2" \
         --batch_size "$BATCH_SIZE" --seed "$SEEDS" "${options[@]}" --log_samples --output_path "$unfinished" || return
     compgen -G "$unfinished/*/results_*.json" > /dev/null || return   # lm_eval only warns when it cannot write
@@ -89,13 +89,15 @@ esac
 [[ $MODEL != *[,=]* ]] || refuse "lm_eval cannot read a folder with ',' or '=' in its name: $MODEL"
 [ "$CHAT_TEMPLATE" != 1 ] || NAME+=-chat
 if [ -d .venv/bin ]; then PATH=$PWD/.venv/bin:$PATH; fi
-command -v lm_eval > /dev/null || refuse "no lm_eval on the path. Activate the environment that holds it, or make" \
-    "one here: python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+PYTHON=$(command -v python || command -v python3) || refuse "no python on the path."
+"$PYTHON" -P -c 'import sys; from importlib import util; sys.exit(not util.find_spec("lm_eval"))' ||
+    refuse "$PYTHON has no lm_eval. Activate the environment that holds it, or make one here: python3 -m venv .venv" \
+        "&& .venv/bin/pip install -r requirements.txt"
 
 HERE=$(cd "$(dirname "$0")" && pwd)
 STAGING=$EVAL_RESULTS/$NAME.unfinished
 export BASE_MODEL EXPORT_DIR RESIZED_MODEL DATA_DIR EVAL_RESULTS CHAT_TEMPLATE TASKS INCLUDE_PATH FEWSHOT LIMIT
-export ASSISTANT_FLAGS CHECK_READING DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS NAME MODEL STAGING
+export ASSISTANT_FLAGS CHECK_READING DEVICE DTYPE BATCH_SIZE SEEDS MODEL_ARGS NAME MODEL STAGING PYTHON
 export -f evaluate measure
 trap 'refuse "stopped; the same command continues."' INT TERM
 if [ "$1" = compare ]; then
@@ -103,10 +105,12 @@ if [ "$1" = compare ]; then
     exit
 fi
 
-mkdir -p "$STAGING"
-exec 9< "$STAGING"
-flock --nonblock 9 || refuse "$STAGING is in use by another run. Wait for it, or choose another name."
-trap 'rmdir "$STAGING" 2> /dev/null || true' EXIT   # it is still empty if `start` refused
+mkdir -p "$STAGING" && exec 9>> "$STAGING/.lock" || refuse "$STAGING cannot be written; name another EVAL_RESULTS."
+flock --nonblock --conflict-exit-code 9 9 || case $? in
+    9) refuse "$STAGING is in use by another run. Wait for it, or choose another name." ;;
+    *) refuse "$STAGING cannot be locked: its file system has no locks. Name an EVAL_RESULTS on another disk." ;;
+esac
+trap 'rm -f "$STAGING/.lock"; rmdir "$STAGING" 2> /dev/null || true' EXIT   # it is still empty if `start` refused
 python_part start
 run_attended xargs --arg-file="$STAGING/todo" --no-run-if-empty --max-args=1 --process-slot-var=SLOT \
     --max-procs="$(wc -l < "$STAGING/devices")" \

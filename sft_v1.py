@@ -9,6 +9,7 @@ Writes  checkpoints/sft_v1/: step_NNNNNN/ (sharded DCP checkpoints), run.json, m
     python sft_v1.py --plan-only                memory, time and traffic of the run, without a GPU or weights
     the same command again                      continues from the latest whole checkpoint
     touch checkpoints/sft_v1/STOP               ends the run after its step, with a checkpoint; so do Ctrl-C and SIGTERM
+                                                (a STOP from before the start is removed)
     torchrun --max-restarts 3 ...               continues by itself after a rank was killed
 
     torchrun --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft_v1.py
@@ -42,6 +43,7 @@ import export_hf
 from sft import hf_folder, settings, system
 from sft.training import checkpoints, dataloader, distributed, hardware, memory_plan, training_log, validation
 from sft.training import model as sft_model
+from sft.training.schedule import Schedule, change_of_rate
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder, from prepare_data.py
@@ -54,7 +56,7 @@ EPOCHS = 1  # passes over the training split; 510,577 sequences are 15,955 steps
 MAX_STEPS = 0  # optimizer steps; 0 = all of EPOCHS. The schedule ends there too
 LEARNING_RATE = 2e-5  # peak, after the warm-up
 MIN_LEARNING_RATE = 2e-6  # end of the cosine
-WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear
+WARMUP_STEPS = 200  # optimizer steps from 0 to the peak, linear; fewer than the run has
 ADAM_BETA1 = 0.9  # decay of the first moment
 ADAM_BETA2 = 0.95  # decay of the second moment
 WEIGHT_DECAY = 0.01  # decoupled, on matrices and embeddings; none on norms and biases
@@ -92,25 +94,23 @@ CHOICES = {
     "COMPUTE_DTYPE": ("bfloat16", "float32"),
     "DEVICE": ("auto", "cuda", "cpu"),
 }
-AT_LEAST_0 = (
-    "MAX_STEPS",
-    "MIN_LEARNING_RATE",
-    "WARMUP_STEPS",
-    "WEIGHT_DECAY",
-    "SEED",
-    "TOKENS_PER_MICRO_BATCH",
-    "RESERVED_GIB",
-    "VALIDATE_EVERY",
-)
-AT_LEAST_1 = (
-    "SEQUENCES_PER_STEP",
-    "EPOCHS",
-    "SAVE_EVERY",
-    "KEEP_CHECKPOINTS",
-    "COLLECTIVE_TIMEOUT_SECONDS",
-    "EXPECTED_TOKENS_PER_SECOND",
-    "PLAN_RANKS",
-)
+AT_LEAST = {
+    "MAX_STEPS": 0,
+    "MIN_LEARNING_RATE": 0,
+    "WARMUP_STEPS": 0,
+    "WEIGHT_DECAY": 0,
+    "SEED": 0,
+    "TOKENS_PER_MICRO_BATCH": 0,
+    "RESERVED_GIB": 0,
+    "VALIDATE_EVERY": 0,
+    "SEQUENCES_PER_STEP": 1,
+    "EPOCHS": 1,
+    "SAVE_EVERY": 1,
+    "KEEP_CHECKPOINTS": 1,
+    "COLLECTIVE_TIMEOUT_SECONDS": 1,
+    "EXPECTED_TOKENS_PER_SECOND": 1,
+    "PLAN_RANKS": 1,
+}
 ABOVE_0 = ("LEARNING_RATE", "ADAM_BETA1", "ADAM_BETA2", "MAX_GRAD_NORM", "PLAN_GIB")
 BELOW_1 = ("ADAM_BETA1", "ADAM_BETA2")
 
@@ -120,7 +120,7 @@ class State:
     """Where a run is and what it was started with: state.json of a checkpoint, and run.json."""
 
     settings: dict  # every setting's name and value, as JSON gives them back
-    fingerprints: dict  # SHA-256 of "data", "tokenizer" and "base"
+    fingerprints: dict  # "data": the report's digests; the rest is hf_folder.fingerprint of the base
     versions: dict  # of hardware.versions()
     world_size: int
     plan: dict = field(default_factory=dict)  # of memory_plan.Plan
@@ -165,26 +165,12 @@ def build(args, mesh, plan):
     return model, make_optimizer(model, (args["ADAM_BETA1"], args["ADAM_BETA2"]), args["WEIGHT_DECAY"])
 
 
-def learning_rate(step, total_steps, peak, floor, warmup_steps):
-    """Return the learning rate of optimizer step `step` (from 0): linear warm-up, then a cosine from peak to floor."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-
 # ==== Gates: what must hold before any long work ====
 
 
 def validate_settings(args):
     """Raise SystemExit with a sentence for a value that no run can have. args: dict of all settings."""
-    for name, values in CHOICES.items():
-        if args[name] not in values:
-            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
-    for names, least in ((AT_LEAST_0, 0), (AT_LEAST_1, 1)):
-        for name in names:
-            if not least <= args[name] < math.inf:
-                raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")
+    settings.check_bounds(args, CHOICES, AT_LEAST)
     for name in ABOVE_0:
         if not 0 < args[name] < math.inf:
             raise SystemExit(f"{name} is {args[name]}; it must be above 0.")
@@ -195,42 +181,41 @@ def validate_settings(args):
         raise SystemExit(f"MIN_LEARNING_RATE ({args['MIN_LEARNING_RATE']}) is above LEARNING_RATE; swap or lower it.")
 
 
-def check_inputs(data_dir, resized_model):
-    """Check that data, tokenizer and model belong together.
+def check_inputs(data_dir, report, resized_model):
+    """Check that data, tokenizer and model belong together. report: dict of the data's report.json.
 
-    Returns: their fingerprints, a dict of SHA-256 digests under "data", "tokenizer" and "base".
+    Returns: their fingerprints, for State.
     Raises: SystemExit naming the script to run again.
     """
     data_dir, resized_model = Path(data_dir), Path(resized_model)
-    report = system.read_json(data_dir / "report.json", "prepare_data.py")
     config = system.read_json(resized_model / "config.json", "resize_vocab.py")
     if not any(resized_model.glob("*.safetensors")):
         raise SystemExit(f"{resized_model} has no safetensors. Run resize_vocab.py again.")
     for folder, script in ((data_dir / "tokenizer", "prepare_data.py"), (resized_model, "resize_vocab.py")):
         if not (folder / "tokenizer.json").is_file():
             raise SystemExit(f"{folder} has no tokenizer.json. Run {script} again.")
-    tokenizer = system.sha256(data_dir / "tokenizer" / "tokenizer.json")
-    if tokenizer != report.get("tokenizer_sha256"):
-        raise SystemExit(f"{data_dir}/tokenizer is not the one its report names. Run prepare_data.py again.")
+    digests, named = hf_folder.tokenizer_digests(data_dir / "tokenizer"), report.get("tokenizer_sha256")
+    if digests != named:
+        different = system.differences(named if isinstance(named, dict) else {}, digests, "in the report", "here")
+        raise SystemExit(
+            f"{data_dir}/tokenizer is not the one its report names: {'; '.join(different)}. Run prepare_data.py again."
+        )
     rows, tokens = config.get("vocab_size"), report.get("vocab_size")
     if not (isinstance(rows, int) and isinstance(tokens, int) and rows >= tokens):
         raise SystemExit(
             f"{resized_model} has {rows} rows in its vocabulary, but the tokenizer of {data_dir} has {tokens} tokens: "
             "this base was not resized. Run resize_vocab.py, then name its output with --resized-model."
         )
-    if tokenizer != system.sha256(resized_model / "tokenizer.json"):
+    if different := system.differences(digests, hf_folder.tokenizer_digests(resized_model), "there", "here"):
         raise SystemExit(
-            f"The tokenizers of {data_dir} and {resized_model} differ. Run resize_vocab.py again for this data."
+            f"The tokenizers of {data_dir} (there) and {resized_model} (here) differ: {'; '.join(different)}. Run "
+            "resize_vocab.py again for this data."
         )
-    return {
-        "data": json.dumps(report.get("digest"), sort_keys=True),
-        "tokenizer": tokenizer,
-        "base": system.folder_digest(resized_model, "*.safetensors"),
-    }
+    return {"data": json.dumps(report.get("digest"), sort_keys=True)} | hf_folder.fingerprint(resized_model)
 
 
 def check_folder(folder, state):
-    """Exit unless `folder` is empty or holds this run: the same data, tokenizer, base, seed and step size."""
+    """Exit unless `folder` is empty or holds this run: the same data, base, seed and step size."""
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
@@ -245,34 +230,9 @@ def check_folder(folder, state):
     for name in ("SEED", "SEQUENCES_PER_STEP"):
         then[name] = stored_settings.get(name) if isinstance(stored_settings, dict) else None
         now[name] = state.settings[name]
-    different = system.differences(then, now)
-    if different:
+    if different := checkpoints.fingerprint_differences(then, now):
         raise SystemExit(
-            f"{folder} holds another run: {'; '.join(different)}. Name another --checkpoint-dir, or go back to what "
-            "that run used."
-        )
-
-
-def check_lengths(lengths, split, need, config, budget):
-    """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
-    if len(lengths) < need:
-        remedy = "lower SEQUENCES_PER_STEP" if split == "training" else "set VALIDATE_EVERY to 0"
-        raise SystemExit(
-            f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed. Prepare more data with "
-            f"prepare_data.py, or {remedy}."
-        )
-    longest = int(lengths.max(initial=0))
-    if 0 < budget < longest:
-        raise SystemExit(
-            f"Sequence {int(lengths.argmax())} of the {split} split has {longest} tokens, more than "
-            f"TOKENS_PER_MICRO_BATCH = {budget}. Raise it to at least {longest}."
-        )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    context = min(config.max_position_embeddings, window or math.inf)
-    if longest > context:
-        raise SystemExit(
-            f"The {split} split has a sequence of {longest} tokens, the model's context or window is {context}. "
-            f"Run prepare_data.py with --max-seq-len {context}."
+            f"{folder} holds another run: {different}. Name another --checkpoint-dir, or go back to what that run used."
         )
 
 
@@ -296,12 +256,15 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
     Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
     """
     stored = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
-    if stored["fingerprints"] != fingerprints:
-        raise SystemExit(f"{checkpoint} was trained on other data, tokenizer or base. Name another --checkpoint-dir.")
+    if different := checkpoints.fingerprint_differences(stored["fingerprints"], fingerprints):
+        raise SystemExit(
+            f"{checkpoint} was trained on other data or from another base: {different}. Name another --checkpoint-dir."
+        )
     right_name = checkpoints.checkpoint_name(stored["step"])
     if checkpoint.name != right_name:
         raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
-    entries = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    reader = checkpoints.Reader(str(checkpoint))
+    entries = reader.read_metadata().state_dict_metadata
     missing = [name for name in tensors if name not in entries]
     if missing:
         kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
@@ -315,7 +278,7 @@ def load_checkpoint(checkpoint, tensors, fingerprints):
                 f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
                 "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
             )
-    dcp.load(tensors, checkpoint_id=str(checkpoint))
+    dcp.load(tensors, storage_reader=reader)
     check_moments(checkpoint, tensors, stored["updates"])
     return stored
 
@@ -351,6 +314,8 @@ def resume(checkpoint, model, optimizer, state):
     """Fill model, optimizer and `state` in place from a verified `checkpoint`; return the list of changed settings."""
     stored = load_checkpoint(checkpoint, checkpoint_tensors(model, optimizer), state.fingerprints)
     changed = changed_settings(stored, state)
+    then = Schedule.of(stored["settings"], stored["total_steps"])
+    changed += change_of_rate(then, Schedule.of(state.settings, state.total_steps), stored["step"])
     state.step, state.updates, state.history = stored["step"], stored["updates"], stored["history"]
     if changed:
         state.history.append({"after_step": state.step, "changed": changed})
@@ -446,12 +411,12 @@ def train(model, optimizer, loader, validator, args, state, log, stop):
         distributed.heartbeat("the validation before step 1")
         log.write({"step": 0} | validator.validate(0))
     total_steps, communicate = state.total_steps, state.plan["communicate"]
-    schedule = (args["LEARNING_RATE"], args["MIN_LEARNING_RATE"], args["WARMUP_STEPS"])
+    schedule = Schedule.of(args, total_steps)
     last_saved, skipped, stopped = state.step, 0, False
     start = time.perf_counter()
     for batch in loader.steps(args["SEED"], args["SEQUENCES_PER_STEP"], state.step, total_steps):
         distributed.heartbeat(f"step {state.step + 1}")
-        lr = learning_rate(state.step, total_steps, *schedule)
+        lr = schedule.rate(state.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss, grad_norm, updated, stopped = train_step(
@@ -501,41 +466,47 @@ def load_inputs(args):
     data = dataloader.load_data(args["DATA_DIR"])
     lengths = dataloader.sequence_lengths(data["train"])
     budget = args["TOKENS_PER_MICRO_BATCH"]
-    check_lengths(lengths, "training", args["SEQUENCES_PER_STEP"], config, budget)
+    dataloader.check_lengths(lengths, "training", args["SEQUENCES_PER_STEP"], config, budget)
     if args["VALIDATE_EVERY"]:
-        check_lengths(dataloader.sequence_lengths(data["validation"]), "validation", 1, config, budget)
+        dataloader.check_lengths(dataloader.sequence_lengths(data["validation"]), "validation", 1, config, budget)
     return data, config, lengths
 
 
 def print_plan(args):
     """Print the plan of a run on PLAN_RANKS GPUs of PLAN_GIB, without a GPU or weights."""
     _, config, lengths = load_inputs(args)
+    dataloader.warn_of_limit(dataloader.read_report(args["DATA_DIR"]))
     limit = (args["PLAN_GIB"] - args["RESERVED_GIB"]) * memory_plan.GIB
     topology = memory_plan.Topology(args["PLAN_RANKS"], 1, "cuda")
     *_, lines = memory_plan.plan_run(args, config, memory_plan.shapes(config), lengths, topology, limit)
     print(lines)
 
 
-def initial_state(args, world_size):
-    """Return the State of a run that starts from the base."""
+def initial_state(args, report, world_size):
+    """Return the State of a run that starts from the base. report: dict of the data's report.json."""
     return State(
         settings=json.loads(json.dumps(args)),  # a tuple becomes a list, as it comes back from a checkpoint
-        fingerprints=check_inputs(args["DATA_DIR"], args["RESIZED_MODEL"]),
+        fingerprints=check_inputs(args["DATA_DIR"], report, args["RESIZED_MODEL"]),
         versions=hardware.versions(),
         world_size=world_size,
     )
 
 
 def claim(args, state, locks):
-    """Check this run's folder, lock it against a second run until `locks` closes, and clear what a killed save left."""
+    """Check this run's folder, lock it against a second run until `locks` closes, and clear what earlier ones left.
+
+    That is what a killed save left, and a STOP from before this start; one that is made from here on counts.
+    """
     folder = args["CHECKPOINT_DIR"]
     check_folder(folder, state)
     Path(folder).mkdir(parents=True, exist_ok=True)
     locks.enter_context(system.lock(folder, "--checkpoint-dir"))
     checkpoints.clear_unfinished(folder)
+    if not distributed.restarted():
+        distributed.clear_stop(folder)
 
 
-def announce(args, state, lines, parameters, changed):
+def announce(args, state, report, lines, parameters, changed):
     """Refuse a disk too small for the run, record its state in run.json, and print what will happen (`lines`)."""
     folder = Path(args["CHECKPOINT_DIR"])
     if state.step < state.total_steps:
@@ -544,9 +515,7 @@ def announce(args, state, lines, parameters, changed):
     system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
     if changed:
         print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
-    limit = system.read_json(Path(args["DATA_DIR"]) / "report.json", "prepare_data.py").get("limit")
-    if limit:
-        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
+    dataloader.warn_of_limit(report)
     print(lines)
     if state.step:
         print(f"continue   {folder}/{checkpoints.checkpoint_name(state.step)}, {state.step:,} steps done")
@@ -557,9 +526,9 @@ def announce(args, state, lines, parameters, changed):
     sys.stdout.flush()
 
 
-def open_run(args, locks):
+def open_run(args, report, locks):
     """Return the State of a run from the base; all ranks have the same inputs and see its folder, locked by rank 0."""
-    state = initial_state(args, dist.get_world_size())
+    state = initial_state(args, report, dist.get_world_size())
     versions = {name: state.versions[name] for name in ("torch", "code")}
     distributed.check_same(args | state.fingerprints | versions)
     distributed.on_rank0(lambda: claim(args, state, locks))
@@ -579,8 +548,10 @@ def run(args, device, mesh, locks):
     """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
     distributed.heartbeat("loading", patient=True)
     folder = args["CHECKPOINT_DIR"]
-    state = open_run(args, locks)
+    report = dataloader.read_report(args["DATA_DIR"])
+    state = open_run(args, report, locks)
     data, config, lengths = load_inputs(args)
+    distributed.on_each_machine(lambda: dataloader.check_digests(data, report, args["DATA_DIR"]))
     sizes = memory_plan.shapes(config)
     plan, survey, state.total_steps, lines = plan_run(args, config, sizes, lengths, device, mesh)
     state.plan = asdict(plan)
@@ -590,7 +561,7 @@ def run(args, device, mesh, locks):
     changed = resume(checkpoint, model, optimizer, state) if checkpoint else []
     distributed.on_rank0(lambda: export_hf.dry_run(args["RESIZED_MODEL"]))
     distributed.check_same({"step": state.step, "training tokens": int(lengths.sum())})
-    distributed.on_rank0(lambda: announce(args, state, lines, sizes.all, changed))
+    distributed.on_rank0(lambda: announce(args, state, report, lines, sizes.all, changed))
     if state.step >= state.total_steps:
         return
 
@@ -606,7 +577,7 @@ def run(args, device, mesh, locks):
         validator = validation.Validator(model, data["validation"], held_out, log, args)
     stop = distributed.Stop(folder)
     if train(model, optimizer, loader, validator, args, state, log, stop):
-        stop.clear()
+        distributed.on_rank0(lambda: distributed.clear_stop(folder))
         log.say(f"Stopped after step {state.step}, as requested. To continue, in {Path.cwd()}:")
         log.say(distributed.resume_command())
     log.close()

@@ -4,7 +4,6 @@ Writes .venv-benchmarks/ (the peers), benchmarks/work/ (inputs and results) and,
 Imports nothing heavy: prepare_memory.py must not share pages with what it measures.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -153,7 +152,6 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
     takes them in their order here, so that a peer which reads the split "ordered" sees the same steps.
     """
     import datasets
-    import numpy as np
 
     from sft.training import dataloader
 
@@ -172,16 +170,28 @@ def write_data(folder, sequences, vocabulary, tokenizer=None, cut=GENESIS_CUT):
         stored[index] = row
     shutil.rmtree(folder, ignore_errors=True)
     splits = {"train": split(stored), "validation": split(sequences[:4]), "ordered": split(sequences)}
-    datasets.DatasetDict(splits).save_to_disk(folder)
+    datasets.DatasetDict(splits).save_to_disk(folder, num_shards=dict.fromkeys(splits, 1))
     if tokenizer:
         shutil.copytree(tokenizer, folder / "tokenizer")
     else:
         write_tokenizer(folder / "tokenizer")
-    digest = hashlib.sha256(b"".join(np.asarray(ids, np.int64).tobytes() for ids, _ in sequences)).hexdigest()
-    report = {"vocab_size": vocabulary, "max_seq_len": cut, "digest": {"train": digest, "validation": digest}}
-    report["tokenizer_sha256"] = hashlib.sha256((folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, vocabulary, cut)
     return folder
+
+
+def write_report(folder, vocabulary, max_seq_len):
+    """Write the report.json of a folder whose sequences and tokenizer are written, all from one source."""
+    from sft import hf_folder
+    from sft.data import writer
+
+    digests = {}
+    for split in ("train", "validation"):
+        (path,) = (folder / split).glob("*.arrow")
+        digests[split] = writer.file_digest(path)
+    report = {"vocab_size": vocabulary, "max_seq_len": max_seq_len, "sources": [{"name": "x", "digest": digests}]}
+    report["digest"] = {split: writer.digest_of_digests([digest]) for split, digest in digests.items()}
+    report["tokenizer_sha256"] = hf_folder.tokenizer_digests(folder / "tokenizer")
+    (folder / "report.json").write_text(json.dumps(report))
 
 
 def random_rows(lengths, vocabulary, seed=0):

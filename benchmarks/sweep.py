@@ -1,7 +1,7 @@
 """Which learning rate? Short runs of sft_v1.py, one after another, on a slice of an epoch, and one table.
 
     python benchmarks/sweep.py                                         2% of an epoch of data/sft_v1 for each rate
-    python benchmarks/sweep.py --learning-rates 1e-5,5e-5 --slice 0.05 --trainer-flags "--weight-decay 0.1"
+    python benchmarks/sweep.py --learning-rates 1e-5 5e-5 --slice 0.05 --trainer-flags "--weight-decay 0.1"
     python benchmarks/sweep.py --quick                                 two steps on a tiny random model, for a look
 
 Every run sees the same sequences in the same steps; its schedule ends with the slice: a tenth of it is warm-up, then
@@ -83,7 +83,7 @@ def main(args):
     except (OSError, KeyError) as error:
         raise SystemExit(f"{data} holds no finished data ({error}). Run prepare_data.py.") from None
     except ValueError as error:
-        raise SystemExit(f"LEARNING_RATES: {error}. Name numbers, such as 1e-5,2e-5.") from None
+        raise SystemExit(f"LEARNING_RATES: {error}. Name numbers, such as 1e-5 2e-5.") from None
     output.mkdir(parents=True, exist_ok=True)
     steps, rows = max(1, int(SLICE * sequences / SEQUENCES_PER_STEP)), []
     print(f"{len(rates)} runs of {steps:,} steps, {SLICE:.1%} of {sequences:,} sequences", flush=True)

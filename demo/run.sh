@@ -70,7 +70,7 @@ bash run_eval.sh before
 
 say "1 prepare_data.py"
 python prepare_data.py --base-model $BASE_MODEL --mixture demo/mixture.json --data-dir $DATA_DIR --max-seq-len 512 \
-    --validation-conversations 12 --decontaminate-against $TASKS --tasks-include-path demo/tasks
+    --validation-conversations 12 --decontaminate-against ${TASKS//,/ } --tasks-include-path demo/tasks
 
 say "2 resize_vocab.py"
 python resize_vocab.py --base-model $BASE_MODEL --data-dir $DATA_DIR --resized-model $RESIZED_MODEL

@@ -16,6 +16,8 @@ from sft import system
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}  # on what is computed
 
 # ==== Configuration and tokenizer ====
 
@@ -65,6 +67,45 @@ def load_tokenizer(folder):
         return Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise SystemExit(f"{folder}: no readable tokenizer.json ({error}). Get it again.") from None
+
+
+# ==== What a model is ====
+
+
+def tokenizer_digests(folder):
+    """Return {name: SHA-256, or None without such a file} of the TOKENIZER_FILES in `folder`."""
+    paths = {name: Path(folder) / name for name in TOKENIZER_FILES}
+    return {name: system.sha256(path) if path.is_file() else None for name, path in paths.items()}
+
+
+def configuration(folder):
+    """Return all but the weights that decides what the model in `folder` reads, computes and stops at, a flat dict.
+
+    It has "config.json KEY" for each key with an effect, "generation_config.json KEY" for the special tokens (the rest
+    is how to sample, which is the user's choice), and the tokenizer's digests by file name.
+    Raises: SystemExit if one of the two files is missing or damaged.
+    """
+    parts = {}
+    for name in ("config.json", "generation_config.json"):
+        for key, value in system.read_json(Path(folder) / name, "resize_vocab.py").items():
+            if key.endswith("_token_id") or (name == "config.json" and key not in WITHOUT_EFFECT):
+                parts |= flattened(f"{name} {key}", value)
+    return parts | tokenizer_digests(folder)
+
+
+def flattened(name, value):
+    """Return {dotted name: value} of a JSON value: a dict inside it gives one entry for each of its keys."""
+    if not isinstance(value, dict):
+        return {name: value}
+    entries = {}
+    for key, part in value.items():
+        entries |= flattened(f"{name}.{key}", part)
+    return entries
+
+
+def fingerprint(folder):
+    """Return `configuration` and "weights", the SHA-256 of the safetensors: two folders with the same are one model."""
+    return {"weights": system.folder_digest(folder, "*.safetensors")} | configuration(folder)
 
 
 # ==== Weights ====
@@ -122,6 +163,19 @@ def write_index(folder, layout, total_size):
         weight_map = {name: file_name for file_name, names in layout.items() for name in names}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (Path(folder) / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_weights(tensors, path):
+    """Write `tensors` {name: tensor} as the safetensors file `path`, with the mode of any other new file of this user.
+
+    The library alone would make it readable to this user only.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def same_bits(first, second):

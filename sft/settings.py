@@ -6,7 +6,7 @@ the settings. The constant's type decides what the flag takes:
 
     int, float, str     one value (an int is accepted where the default is a float)
     bool                --name or --no-name
-    tuple               several strings, comma-separated
+    tuple               one or more strings, each an argument of its own: --tasks piqa mmlu; "" alone is none
     list                the path of a JSON file that holds such a list (the script reads it)
 
 An unknown or abbreviated flag, or a value of the wrong type, ends the program with a sentence.
@@ -14,7 +14,10 @@ An unknown or abbreviated flag, or a value of the wrong type, ends the program w
 
 import argparse
 import ast
+import io
+import math
 import re
+import sys
 from pathlib import Path
 
 
@@ -56,11 +59,6 @@ def flag_name(name):
     return "--" + name.lower().replace("_", "-")
 
 
-def comma_separated(text):
-    """Return the tuple of the strings between the commas of `text`; empty ones are left out."""
-    return tuple(part for part in text.split(",") if part)
-
-
 def flag_options(default, comment):
     """Return the keyword arguments of argparse's `add_argument` for a constant with this default and comment."""
     shown = "the table in this file" if isinstance(default, list) else repr(default)
@@ -68,7 +66,8 @@ def flag_options(default, comment):
     if isinstance(default, bool):
         return options | {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
-        return options | {"type": comma_separated, "metavar": "A,B"}
+        # No default: "extend" would add to it instead of replacing it; see from_flags.
+        return options | {"action": "extend", "nargs": "+", "metavar": "TEXT", "default": None}
     if isinstance(default, list):
         return options | {"type": str, "metavar": "FILE"}
     return options | {"type": type(default), "metavar": type(default).__name__.upper()}
@@ -77,9 +76,13 @@ def flag_options(default, comment):
 def from_flags(module):
     """Set the constants in `module` (the script's `globals()`) from `sys.argv`.
 
+    stdout and stderr escape from here on what their encoding lacks.
     Returns: dict of every constant's name and value, which the script saves with what it writes.
     Raises: SystemExit(2) with a sentence for an unknown, abbreviated or mistyped flag.
     """
+    for stream in (sys.stdout, sys.stderr):  # a character of others that the terminal lacks must not end a script
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description=module["__doc__"], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,5 +92,21 @@ def from_flags(module):
             groups[title] = parser.add_argument_group(title)
         groups[title].add_argument(flag_name(name), dest=name, **flag_options(module[name], comment))
     args = vars(parser.parse_args())
+    for name, value in args.items():
+        if isinstance(module[name], tuple):
+            args[name] = module[name] if value is None else tuple(text for text in value if text)
     module.update(args)
     return args
+
+
+def check_bounds(args, choices, at_least):
+    """Raise SystemExit with a sentence for a setting outside its bounds.
+
+    args: {name: value}; choices: {name: the values it may have}; at_least: {name: the least of a finite number}.
+    """
+    for name, values in choices.items():
+        if args[name] not in values:
+            raise SystemExit(f"{name} is {args[name]!r}; it must be one of {', '.join(values)}.")
+    for name, least in at_least.items():
+        if not least <= args[name] < math.inf:
+            raise SystemExit(f"{name} is {args[name]}; it must be at least {least}.")

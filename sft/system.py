@@ -5,10 +5,12 @@ Nothing here needs torch. A file or folder X that is not whole yet has the name 
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -56,12 +58,14 @@ def read_json(path, made_by=None):
 def differences(then, now, then_label="then", now_label="now"):
     """Return a phrase "name: value then, value now" for each name whose value differs between two dicts.
 
-    A name that only one of them has also differs; its value in the other is None.
+    A name that only one of them has also differs; its value in the other is None. A SHA-256 is shortened.
     """
     phrases = []
     for name in dict.fromkeys([*then, *now]):
-        if then.get(name) != now.get(name):
-            phrases.append(f"{name}: {then.get(name)} {then_label}, {now.get(name)} {now_label}")
+        values = then.get(name), now.get(name)
+        if values[0] != values[1]:
+            old, new = (re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1...", str(value)) for value in values)
+            phrases.append(f"{name}: {old} {then_label}, {new} {now_label}")
     return phrases
 
 
@@ -84,7 +88,9 @@ def write_whole(path, text):
     """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old file."""
     staging = unfinished(path)
     try:
-        staging.write_bytes(text.encode() if isinstance(text, str) else text)
+        staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to a file of somebody else
+        with staging.open("xb") as file:
+            file.write(text.encode() if isinstance(text, str) else text)
         durable(staging)
         staging.replace(path)
     except OSError:
@@ -97,55 +103,109 @@ def write_whole(path, text):
 
 
 def refuse_unless_empty(folder, flag):
-    """Raise SystemExit if the path `folder` already holds something. flag: the flag that names it, for the message."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SystemExit(f"{folder} is not empty. Move it away, or name another {flag}.")
+    """Return the path of the folder to write, without links. flag: the flag that names it, for the message.
+
+    Raises: SystemExit if it already holds something, or is a mount point, which no finished folder can replace.
+    """
+    folder = Path(os.path.realpath(folder))
+    try:
+        if os.path.ismount(folder):
+            raise SystemExit(f"{folder} is a mount point. Name a folder inside it with {flag}.")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise SystemExit(f"{folder} is not empty. Move it away, or name another {flag}.")
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be read ({error}). Name another {flag}.") from None
+    return folder
+
+
+def claim(folder, flag):
+    """Make `unfinished(folder)`, or take the one of a killed run. Returns: (its Path, the handle that locks it).
+
+    Raises: SystemExit if another process works in it, or it is not one of these scripts; OSError.
+    """
+    staging = unfinished(folder)
+    staging.mkdir(parents=True, exist_ok=True)
+    if staging.is_symlink() or (any(staging.iterdir()) and not os.path.lexists(staging / LOCK)):
+        raise SystemExit(
+            f"{staging} is a link, or holds files and no {LOCK}, so no script of this suite made it. Move it away, or "
+            f"name another {flag}."
+        )
+    return staging, lock(staging, flag)
+
+
+def remove_claimed(staging):
+    """Remove a folder that `claim` returned, its lock last: without it, no later run would take what is left."""
+    for path in list(staging.glob("*")):
+        if path.name != LOCK:
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def staged(folder, flag):
-    """Yield an empty folder next to `folder`; rename it to `folder` after the block, or remove it if the block fails.
+    """Yield an empty folder inside `unfinished(folder)`; rename it to `folder` after the block, which may fail.
 
     flag: the flag that names `folder`, for the message.
-    Raises: SystemExit if `folder` already holds something or the disk is full.
+    Raises: SystemExit if `folder` already holds something, another process writes it, or the disk is full.
     """
-    refuse_unless_empty(folder, flag)
-    folder, staging = Path(folder), unfinished(folder)
+    folder = refuse_unless_empty(folder, flag)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        if folder.exists():
-            folder.rmdir()
-        staging.rename(folder)
+        staging, handle = claim(folder, flag)
+        with handle:
+            try:
+                whole = staging / folder.name
+                shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed
+                whole.mkdir()
+                yield whole
+                if folder.exists():
+                    folder.rmdir()
+                whole.rename(folder)
+            finally:
+                remove_claimed(staging)  # a full disk stays usable
     except (OSError, SafetensorError) as error:
         raise SystemExit(
             f"{folder} cannot be written ({error}). Free disk space, or name another {flag}; nothing was kept."
         ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk stays usable
 
 
 def lock(folder, flag):
     """Lock the folder for this process; return the file handle that holds the lock until it or the process ends.
 
     The kernel keeps the lock, so a crash of its owner frees it; only a child that was forked without exec keeps it.
-    flag: the flag that names `folder`, for the message. Raises: SystemExit if another process holds the lock.
+    flag: the flag that names `folder`, for the message. Raises: SystemExit if another process holds the lock, or there
+    can be none; OSError if the lock's file cannot be opened.
     """
-    handle = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    path = Path(folder) / LOCK
+    try:
+        handle = open(path, "r+", opener=open_without_links, encoding="utf-8", errors="replace")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise SystemExit(f"{path} is a link. Remove it, or name another {flag}.") from None
+        raise
+    owner = handle.read(100).strip()
+    if owner and not owner.isdecimal():
+        raise SystemExit(f"{path} isn't a lock: it holds more than a process number. Move it away.")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        handle.seek(0)
         raise SystemExit(
-            f"{folder} is in use by another run (process {handle.read().strip() or 'unknown'}). Wait for it or name "
-            f"another {flag}."
+            f"{folder} is in use by another run (process {owner or 'unknown'}). Wait for it or name another {flag}."
         ) from None
-    handle.truncate(0)
+    except OSError as error:
+        raise SystemExit(
+            f"{folder}: its file system has no locks ({error}), so a second run could not be kept out. Name another "
+            f"{flag}, on a disk that has them."
+        ) from None
+    handle.seek(0)
+    handle.truncate()
     handle.write(f"{os.getpid()}\n")
     handle.flush()
     return handle
+
+
+def open_without_links(path, flags):
+    """Open or make the file `path`, for `open`; a link is refused: it would lead to a file of somebody else."""
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
 
 # ==== Processes ====

@@ -192,15 +192,13 @@ def sequences(number, vocab_size, seed=0):
     return ids, [np.arange(n) > n // 3 for n in lengths]
 
 
-def write_data(folder, vocab_size=515, train=None, digest="a", tokenizer=None):
+def write_data(folder, vocab_size=515, train=None, tokenizer=None):
     """Write `folder` as prepare_data.py would; return it.
 
     train: (ids, masks) of the training split; tokenizer: a transformers tokenizer instead of the one of one word.
     """
     import datasets
-    from common import write_tokenizer
-
-    from sft import system
+    from common import write_report, write_tokenizer
 
     lists = {
         "input_ids": datasets.List(datasets.Value("uint16")),
@@ -219,13 +217,7 @@ def write_data(folder, vocab_size=515, train=None, digest="a", tokenizer=None):
         tokenizer.save_pretrained(folder / "tokenizer")
     else:
         write_tokenizer(folder / "tokenizer")
-    report = {
-        "tokenizer_sha256": system.sha256(folder / "tokenizer" / "tokenizer.json"),
-        "vocab_size": vocab_size,
-        "max_seq_len": 64,
-        "digest": {"train": digest, "validation": "b"},
-    }
-    (folder / "report.json").write_text(json.dumps(report))
+    write_report(folder, vocab_size, max_seq_len=64)
     return folder
 
 
@@ -266,8 +258,8 @@ def train_command(work, name, ranks, *flags, **changes):
     """Return the torchrun command of the run `work`/`name`. flags: more of torchrun's, changes: more settings."""
     arguments = []
     for setting, value in run_settings(work, name, **changes).items():
-        text = ",".join(value) if isinstance(value, tuple) else str(value)
-        arguments += [f"--{setting.lower().replace('_', '-')}", text]
+        texts = (value or ("",)) if isinstance(value, tuple) else (str(value),)
+        arguments += [f"--{setting.lower().replace('_', '-')}", *texts]
     return [*TORCHRUN, str(ranks), *flags, str(ROOT / "sft_v1.py"), *arguments]
 
 
@@ -303,6 +295,38 @@ def stored(checkpoint):
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     dcp.load(tensors, checkpoint_id=str(checkpoint))
     return tensors
+
+
+class Attack:
+    """An object whose pickle runs a command when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("touch broken-into",)
+
+
+def poison(checkpoint, change):
+    """Rewrite the `.metadata` of a checkpoint with `change(its bytes)`, and its manifest to match, as an attacker."""
+    from sft import system
+
+    path, manifest = checkpoint / ".metadata", checkpoint / "manifest.json"
+    path.write_bytes(change(path.read_bytes()))
+    edit_json(manifest, **{".metadata": [path.stat().st_size, system.sha256(path)]})
+
+
+def bytes_for_a_tensor(name):
+    """Return a change for `poison` that declares the tensor `name` to be bytes, which DCP unpickles as they are."""
+    import pickle
+
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    def change(content):
+        metadata = pickle.loads(content)
+        entry = BytesStorageMetadata()
+        entry.__dict__ |= vars(metadata.state_dict_metadata[name])  # its size and dtype
+        metadata.state_dict_metadata[name] = entry
+        return pickle.dumps(metadata)
+
+    return change
 
 
 def go_back(run, copy, step):
@@ -483,7 +507,7 @@ def write_run(folder, tasks, groups=None, change=None, choices=4, time=RESULTS_T
         change(document)
     (model / f"results_{time}.json").write_text(json.dumps(document))
     (folder / "run.json").write_text(
-        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name}})
+        json.dumps({"adds_bos": False, "files_sha256": {"model.safetensors": folder.name.removesuffix("-chat")}})
     )
 
 

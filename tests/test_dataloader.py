@@ -4,6 +4,7 @@ bash tests/run.sh tests/test_dataloader.py
 """
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from common import genesis_lengths
@@ -11,7 +12,80 @@ from helpers import sequences, tiny_config, write_data
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft.data import writer
 from sft.training import dataloader, memory_plan
+
+# ---- Data ----
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """The (folder, report) of two sources as prepare_data.py writes them: one is repeated, one has no validation."""
+    rng = np.random.default_rng(0)
+    lines = [{"name": name, "digest": {}} for name in ("tulu", "metamath")]
+    report = {"sources": lines, "digest": {}}
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        for index, (line, repeat) in enumerate(zip(lines, (1, 2), strict=True)):
+            path = tmp_path / split / f"data-{index:05}.arrow"
+            split_writer = writer.SplitWriter(path, line["name"], repeat, np.dtype(np.uint16), 64)
+            for batch in range(3 - 3 * (split == "validation") * index):
+                lengths = np.arange(1, 20 + batch, dtype=np.int32)
+                tokens = lengths.sum()
+                split_writer.write(lengths, rng.integers(1, 50, tokens, dtype=np.uint16), rng.random(tokens) < 0.7)
+            line["digest"][split] = split_writer.close()
+        report["digest"][split] = writer.digest_of_digests(line["digest"][split] for line in lines)
+        writer.write_dataset_metadata(tmp_path / split, 2, split_writer.schema, "x")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    return tmp_path, report
+
+
+def rewrite(path, change):
+    """Write the Arrow stream `path` again with `change(input_ids, assistant_masks)`, lists of lists."""
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        table = stream.read_all()
+    ids, masks = table["input_ids"].to_pylist(), table["assistant_masks"].to_pylist()
+    change(ids, masks)
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(pa.table([ids, masks, table["source"]], schema=table.schema))
+
+
+def move_a_boundary(ids, masks):
+    for rows in (ids, masks):
+        rows[5].append(rows[6].pop(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids, masks: ids[3].__setitem__(0, 0),
+        lambda ids, masks: masks[3].__setitem__(0, not masks[3][0]),
+        move_a_boundary,
+        lambda ids, masks: ids.reverse() or masks.reverse(),
+    ],
+)
+def test_data_that_is_not_what_the_report_describes_is_refused_by_source_and_split(two_sources, change):
+    folder, report = two_sources
+    dataloader.check_digests(dataloader.load_data(str(folder)), report, folder)
+    path = folder / "train" / "data-00001.arrow"
+    rewrite(path, lambda ids, masks: None)  # as one batch instead of six
+    dataloader.check_digests(dataloader.load_data(str(folder)), report, folder)
+    rewrite(path, change)
+    with pytest.raises(SystemExit, match=r"data-00001.arrow: the ids, lengths or masks of metamath \(train split\)"):
+        dataloader.check_digests(dataloader.load_data(str(folder)), report, folder)
+
+
+def test_a_report_of_other_sources_or_a_file_that_was_cut_is_refused(two_sources):
+    folder, report = two_sources
+    data = dataloader.load_data(str(folder))
+    for other in ({}, report | {"sources": report["sources"][:1]}, report | {"digest": {"train": "x"}}):
+        with pytest.raises(SystemExit, match=r"report.json does not describe its train split. Run prepare_data.py"):
+            dataloader.check_digests(data, other, folder)
+    path = folder / "validation" / "data-00000.arrow"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(SystemExit, match=r"data-00000.arrow \(tulu, validation split\) cannot be read"):
+        dataloader.check_digests(data, report, folder)
+
 
 # ---- Order ----
 

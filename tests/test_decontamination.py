@@ -21,6 +21,11 @@ from sft.data import decontamination
 LESS = 'or continue without it: --decontaminate-against "" (contaminated scores may then look better than they are).'
 # Twelve questions of one form: what they share is boilerplate, twelve being more than ten.
 FORMULA = "please read the following riddle with great care and then give one single short answer"
+# A passage of which twelve questions ask, and a formula around twelve short passages with two questions each.
+PASSAGE = "The ferry left Vorlund at dawn with nine sheep, two priests and a crate of clocks that nobody had ordered."
+SHARED = "Below the old quarry a spring fills three stone basins before it turns the wheel of the last flax mill."
+INSTRUCTION = "Read what is written above and answer with the shortest span that is in it word for word"
+EXAM = "This item refers to the letter in which a surveyor complains that both bridges were built on the wrong river."
 ANIMALS = ("otter", "heron", "badger", "lynx", "adder", "plover", "stoat", "curlew", "vole", "dormouse", "kite", "mole")
 
 
@@ -31,11 +36,26 @@ def write_own_tasks(folder):
     """A task that generates, one that rolls over a text, and a group within a group."""
     folder.mkdir()
     riddles = [{"q": f"{FORMULA}: which {animal} swims?", "a": [f"the {animal} of", "none"]} for animal in ANIMALS]
+    reading = [
+        {
+            "id": f"{animal} {part}",
+            "story": f"At night the {animal} walks by itself along the wall of the harbour until"
+            f" the {animal} sees the first of the fishing boats return.",
+            "ask": f"{part} does it walk?",
+            "a": ["by night"],
+        }
+        for animal in ANIMALS
+        for part in ("When", "Where")
+    ]
+    exam = [{"q": f"{EXAM} What does line {n} say?", "a": ["no"]} for n in range(12)]
+    exam += [{"q": f"Item {n} of {n * n} stands alone: is {n} + {n + 1} odd?", "a": ["yes"]} for n in range(300)]
     rolling = [{"text": "A rolling text tells of rain on slate roofs while nobody in the village looks up at all."}]
-    for name, rows in (("riddles", riddles), ("rolling", rolling)):
+    for name, rows in (("riddles", riddles), ("rolling", rolling), ("reading", reading), ("exam", exam)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tasks = {
         "own_riddles": ("riddles", "generate_until", "{{q}}", "a", "exact_match"),
+        "own_reading": ("reading", "generate_until", f"{{{{story}}}} {INSTRUCTION}: {{{{ask}}}}", "a", "exact_match"),
+        "own_exam": ("exam", "generate_until", "{{q}}", "a", "exact_match"),
         "own_rolling": ("rolling", "loglikelihood_rolling", "", "{{text}}", "word_perplexity"),
     }
     for name, (data, kind, text, target, metric) in tasks.items():
@@ -65,6 +85,15 @@ def write_data(root):
     write_dataset(root, "allenai/ai2_arc", {"ARC-Easy": splits})
     write_dataset(root, "allenai/winogrande", {"winogrande_xl": {"train": [wino], "validation": [wino]}})
     write_dataset(root, "EleutherAI/lambada_openai", {"default": {"test": [{"text": lambada}]}})
+    # The layouts of DROP and SQuAD: a row per question, its passage again in each.
+    numbers = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["nine"]}
+    none = {"number": [], "date": [], "spans": []}
+    asked = [f"How many {animal}s can there be?" for animal in ANIMALS]
+    answers = {"answer": numbers, "validated_answers": none}
+    drop = [{"query_id": question, "passage": PASSAGE, "question": question} | answers for question in asked]
+    write_dataset(root, "EleutherAI/drop", {"default": {"train": drop, "validation": drop}})
+    squad = [{"title": "Mill", "context": SHARED, "question": q, "answers": {"text": ["none"]}} for q in asked]
+    write_dataset(root, "lighteval/squad_v2", {"default": {"train": squad, "validation": squad}})
     subjects = {"anatomy": mmlu, "astronomy": [stars]}
     write_dataset(root, "cais/mmlu", {name: {"test": rows, "dev": rows} for name, rows in subjects.items()})
 
@@ -87,7 +116,7 @@ for tasks, path in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("decontamination")
-    copy_lm_eval(root / "fewer_tasks", ("winogrande", "arc", "lambada", "mmlu/default", "sciq"))
+    copy_lm_eval(root / "fewer_tasks", ("winogrande", "arc", "lambada", "mmlu/default", "sciq", "drop", "squadv2"))
     write_data(root)
     write_own_tasks(root / "own_tasks")
     (root / "demo").symlink_to(ROOT / "demo")
@@ -102,6 +131,7 @@ def runs(folder):
     wanted = {
         "demo": (["demo_persona", "demo_general", "demo_persona"], "demo.npz"),
         "kinds": (["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling"], "kinds.npz"),
+        "passages": (["drop", "squadv2", "own_reading", "own_exam"], "passages.npz"),
         "unreachable": (["own_rolling", "sciq"], "none.npz"),
         "unknown": (["nonsense"], "none.npz"),
     }
@@ -151,7 +181,7 @@ def test_file_is_sorted_and_needs_no_pickle(folder, overlap):
         assert len(file["task_of"]) == len(file["hashes"]) and int(file["n"]) == 13
         words = file["words"].tobytes().decode().split("\n")
     assert words == sorted(set(words)) and {"trophy", "whistled", "slate"} <= set(words)
-    assert sorted(path.name for path in folder.glob("*.npz*")) == ["demo.npz", "kinds.npz"]
+    assert sorted(path.name for path in folder.glob("*.npz*")) == ["demo.npz", "kinds.npz", "passages.npz"]
 
 
 def test_counts(overlap):
@@ -202,6 +232,24 @@ def test_a_question_is_found(overlap, task, texts):
 )
 def test_less_is_not_found(overlap, texts):
     assert overlap.find(texts) is None
+
+
+def test_a_passage_that_many_questions_share_is_found_and_a_formula_around_many_passages_is_not(folder, runs):
+    assert runs["passages"][0] is None
+    overlap = decontamination.Overlap(folder / "passages.npz")
+    for task, text in (("drop", PASSAGE), ("squadv2", SHARED), ("own_exam", EXAM)):
+        words = text.split()
+        for part in (words[:13], words[-13:]):
+            match = overlap.find(["Tell me a story.", " ".join(part)])
+            assert match is not None and match[0] == task
+    story = "at night the vole walks by itself along the wall of the harbour until"
+    assert overlap.find(["Go on:", story]) == ("own_reading", " ".join(story.split()[:13]))
+    assert overlap.find([INSTRUCTION]) is None
+    rows = {row.pop("task"): row for row in map(dict, overlap.counts)}
+    assert rows["drop"]["boilerplate"] == rows["squadv2"]["boilerplate"] == rows["own_exam"]["boilerplate"] == 0
+    # All share 26 words, from "sees the first" to the instruction's end; six more differ between When and Where.
+    assert rows["own_reading"]["boilerplate"] == 26 - 13 + 1 + 2 * 6
+    assert (rows["own_reading"]["questions"], rows["own_exam"]["questions"]) == (24, 312)
 
 
 few_words = st.lists(st.sampled_from("abcd"), max_size=30)

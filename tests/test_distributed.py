@@ -78,13 +78,19 @@ def started_by(path, program, line):
 # ---- Stopped in order ----
 
 
-def test_a_stop_file_ends_the_run_in_order(runs, two_ranks):
+def test_a_stop_file_that_is_made_while_the_run_loads_ends_it_in_order(runs, two_ranks, tmp_path):
     stopped = go_back(two_ranks, runs / "stopped", 10)
-    (stopped / "STOP").touch()
-    stdout = trained(runs, "stopped", 2, RESUME="step_000010")
+    program = (
+        f"import pathlib, export_hf\nexport_hf.dry_run = lambda base: pathlib.Path({str(stopped / 'STOP')!r}).touch()"
+    )
+    line = train_command(runs, "stopped", 2, RESUME="step_000010")
+    result = torchrun(started_by(tmp_path / "starter.py", program, line))
+    assert result.returncode == 0, result.stdout + result.stderr
+    stdout = result.stdout
     assert not (stopped / "STOP").exists()
     assert checkpoints.latest_whole(stopped).name == "step_000011"
     again = shlex.split(stdout.partition("Stopped after step 11, as requested. To continue, in ")[2].splitlines()[1])
+    again[again.index(str(tmp_path / "starter.py"))] = str(ROOT / "sft_v1.py")
     assert subprocess.run(again, capture_output=True, timeout=120).returncode == 0
     assert_same_run(stopped, two_ranks)
 

@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from helpers import MINE, RESULTS_TIME, compare_in, share, write_pair, write_run
+from helpers import MINE, RESULTS_TIME, compare_in, edit_json, share, write_pair, write_run
 
 from sft.evaluation import eval_results
 
@@ -67,6 +67,13 @@ def test_another_bos_policy_is_refused(tmp_path, refusal):
     write_pair(tmp_path, MINE, MINE)
     (tmp_path / "eval-results/after/run.json").write_text('{"adds_bos": true}')
     assert "BOS put before each prompt: False before, True after" in refusal()
+
+
+def test_other_token_ids_of_the_same_text_are_refused(tmp_path, refusal):
+    write_pair(tmp_path, MINE, MINE)
+    for side in ("before", "after"):
+        edit_json(tmp_path / f"eval-results/{side}/run.json", ids_sha256=side)
+    assert "digest of the token ids of a text: before before, after after" in refusal()
 
 
 def test_results_without_model_arguments_can_be_compared(tmp_path):
@@ -135,6 +142,12 @@ def test_a_missing_or_nan_metric_is_refused(tmp_path, refusal, value, says):
     piqa = {"piqa": {"acc": share(3, 9)}}
     write_pair(tmp_path, piqa, piqa, change=change)
     assert f"The metric acc of piqa {says}" in refusal()
+
+
+def test_a_refusal_shows_the_name_of_a_task_without_escape_sequences(tmp_path, refusal):
+    write_run(tmp_path / "eval-results/before", MINE)
+    write_run(tmp_path / "eval-results/after", MINE, change=lambda d: d["results"].update({"x\x1b[2J": {}}))
+    assert r"before, mine, x\x1b[2J after" in refusal()
 
 
 def test_parts_are_read_as_one_run(tmp_path):

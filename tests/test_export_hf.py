@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,24 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from helpers import ROOT, args_of, edit_json, full_disk, run_python, run_torchrun
+from helpers import (
+    ROOT,
+    Attack,
+    args_of,
+    bytes_for_a_tensor,
+    edit_json,
+    full_disk,
+    poison,
+    run_python,
+    run_torchrun,
+)
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import chat
 import export_hf
 import resize_vocab
-from sft import system
+from sft import hf_folder, system
 from sft.evaluation import model_card
 from sft.training import checkpoints
 
@@ -210,8 +221,7 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     tensors |= {f"optimizer.exp_avg.{name}": torch.zeros_like(part) for name, part in model.named_parameters()}
     if harm:
         harm(tensors)
-    fingerprints = {"data": "", "tokenizer": system.sha256(resized / "tokenizer.json")}
-    fingerprints["base"] = system.folder_digest(resized, "*.safetensors")
+    fingerprints = {"data": ""} | hf_folder.fingerprint(resized)
     recipe = "SEQUENCES_PER_STEP EPOCHS MAX_STEPS LEARNING_RATE MIN_LEARNING_RATE WARMUP_STEPS ADAM_BETA1 ADAM_BETA2"
     recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
     settings = dict.fromkeys(recipe.split(), 1)
@@ -286,19 +296,30 @@ def test_the_card_of_an_earlier_checkpoint_tells_its_own_losses(tmp_path, export
 RESIZED = "models/resized"
 REFUSALS = [
     (lambda folder: shutil.rmtree(folder / RESIZED), "has no model.safetensors. Name the folder"),
-    (lambda folder: (folder / RESIZED / "chat_template.jinja").unlink(), "has no chat_template.jinja"),
+    (lambda folder: (folder / RESIZED / "chat_template.jinja").unlink(), "then, None now"),
     (lambda folder: (folder / RESIZED / "generation_config.json").unlink(), "generation_config.json is missing"),
     (
         lambda folder: edit_json(folder / RESIZED / "generation_config.json", eos_token_id=0),
-        "generation stops at [0], not",
+        "generation_config.json eos_token_id: [61, 0] then, 0 now",
     ),
     (
         lambda folder: edit_json(folder / RESIZED / "tokenizer_config.json", pad_token="<|im_end|>"),
-        "a token other than",
+        "was trained from: tokenizer_config.json: ",
     ),
-    (lambda folder: edit_json(folder / RESIZED / "config.json", num_hidden_layers=2), "does not load strictly"),
-    (lambda folder: (folder / RESIZED / "tokenizer.json").write_text("{}"), "is not the tokenizer that"),
+    (
+        lambda folder: edit_json(folder / RESIZED / "config.json", num_hidden_layers=2),
+        "was trained from: config.json num_hidden_layers: 1 then, 2 now. Name the folder",
+    ),
+    (lambda folder: (folder / RESIZED / "tokenizer.json").write_text("{}"), "was trained from: tokenizer.json: "),
     (lambda folder: shutil.rmtree(folder / "checkpoints" / "sft_v1"), "holds no whole checkpoint. Run sft_v1.py"),
+]
+RESIZED_LATER = [  # what the tensors and the logits of an export alone would not show
+    (
+        lambda folder: edit_json(folder / "config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}),
+        "config.json rope_parameters.rope_theta: 10000.0 then, 500000.0 now. Name the folder",
+    ),
+    (lambda folder: edit_json(folder / "config.json", rms_norm_eps=1e-3), "rms_norm_eps: 1e-06 then, 0.001 now. Name"),
+    (lambda folder: (folder / "chat_template.jinja").write_text("another"), "from: chat_template.jinja: "),
 ]
 BAD_WEIGHTS = [
     (lambda state: state["model.model.norm.weight"][0].fill_(torch.inf), "norm.weight is not finite in torch.bfloat16"),
@@ -311,6 +332,19 @@ BAD_WEIGHTS = [
 def test_what_does_not_belong_to_the_checkpoint_is_refused(tmp_path, export, harm, sentence):
     harm(make_checkpoint(tmp_path))
     assert sentence in refused(export) and not list((tmp_path / "exports").glob("*"))
+
+
+def test_a_base_with_another_config_or_template_is_refused_and_verifies_nothing(tmp_path, export):
+    make_checkpoint(tmp_path)
+    export()
+    for number, (harm, sentence) in enumerate(RESIZED_LATER):
+        again = shutil.copytree(tmp_path / RESIZED, tmp_path / f"resized{number}")
+        harm(again)
+        for changes in ({"EXPORT_DIR": "x"}, {"VERIFY_ONLY": "exports/sft_v1"}):
+            message = refused(export, RESIZED_MODEL=again.name, **changes)
+            assert f"{again.name} is not the base that checkpoints/sft_v1/step_000100 was trained" in message
+            assert sentence in message and "another" not in message and len(message) < 300
+    assert not Path("x").exists()
 
 
 @pytest.mark.parametrize(("harm", "sentence"), BAD_WEIGHTS)
@@ -331,6 +365,34 @@ def test_a_configuration_that_computes_something_else_is_seen_in_the_logits(tmp_
     monkeypatch.setattr(export_hf, "PROMPTS", ("w3 w4 w5 w6 w7 w8",))
     with pytest.raises(SystemExit, match=r"logits of .* differ from the checkpoint's"):
         export()
+
+
+def test_an_export_publishes_only_its_own_files_readable_by_all_and_prints_no_control_characters(
+    tmp_path, export, monkeypatch, capsys
+):
+    resized = make_checkpoint(tmp_path) / RESIZED
+    (tmp_path / "private").write_text("precious")
+    for name in ("NOTICE", "pytorch_model.bin", "special_tokens_map.json.bak"):
+        (resized / name).symlink_to(tmp_path / "private")
+    monkeypatch.setattr(hf_folder, "answer", lambda *args: ("\x1b[2J", True))
+    folder = export()
+    assert "A: \\x1b[2J\n" in capsys.readouterr().out
+    assert not {"NOTICE", "pytorch_model.bin", "special_tokens_map.json.bak"} & {path.name for path in folder.iterdir()}
+    modes = {path.stat().st_mode & 0o777 for path in [*folder.iterdir(), *resized.glob("*.safetensors")]}
+    assert modes == {(tmp_path / "private").stat().st_mode & 0o777}
+    (resized / "chat_template.jinja").rename(tmp_path / "template")
+    (resized / "chat_template.jinja").symlink_to(tmp_path / "template")
+    assert "resized/chat_template.jinja is a link, and an export publishes no file" in refused(export, EXPORT_DIR="x")
+
+
+def test_a_checkpoint_runs_no_code_in_an_export(tmp_path, export):
+    checkpoint = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1" / "step_000100"
+    poison(checkpoint, bytes_for_a_tensor("model.model.norm.weight"))
+    assert "differ in 1 tensors: model.norm.weight ['-'] there, [16] here" in refused(export)
+    poison(checkpoint, lambda content: content[:-1] + pickle.dumps(Attack())[2:])  # and then the true metadata
+    message = refused(export)
+    assert "step_000100: its .metadata cannot be read (it names posix.system, which no DCP metadata needs)" in message
+    assert not Path("broken-into").exists() and not list((tmp_path / "exports").glob("*"))
 
 
 def test_a_full_disk_is_a_sentence_and_stays_as_full_as_it_was(tmp_path, export):
@@ -378,6 +440,12 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
     harms += [(lambda: edit_json(folder / "generation_config.json", eos_token_id=[0]), "generation stops at [0]")]
     harms += [(lambda: edit_json(folder / "config.json", vocab_size=63), "can't be loaded as a model")]
     harms += [(lambda: edit_json(folder / "config.json", dtype="float16"), "it is not an export of this script")]
+    window = "config.json max_position_embeddings: 2048 then, 4096 now"
+    harms += [(lambda: edit_json(folder / "config.json", max_position_embeddings=4096), window)]
+    spaced = json.dumps(json.loads(before["tokenizer.json"]), indent=1)
+    harms += [
+        (lambda: (folder / "tokenizer.json").write_text(spaced), "is not an export from models/resized: tokenizer.j")
+    ]
     for harm, sentence in harms:
         harm()
         assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
@@ -394,11 +462,13 @@ def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp
     training = json.loads((folder / model_card.TRAINING).read_text())
     assert training["dtype"] == "bfloat16" and training["state"]["step"] == 100
     assert training["parameters"] == sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-    (results / "after").mkdir(parents=True)
+    results.mkdir()
     (results / "comparison.md").write_text("# What changed\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n")
     (results / "comparison.png").write_bytes(b"picture")
+    files = {name: system.sha256(results / name) for name in ("comparison.md", "comparison.png")}
     for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
-        (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
+        parts = [{"weights": {"after": {"model.safetensors": digest}}}]
+        (results / "comparison.json").write_text(json.dumps({"parts": parts, "files_sha256": files}))
         model_card.write(folder, "eval-results")
         assert ("| piqa | 0.5 |" in (folder / "README.md").read_text()) is shown
         assert (folder / "comparison.png").exists() is shown
@@ -421,6 +491,9 @@ def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch)
         )
     ]
     harms += [(lambda: edit_json(Path(RESIZED) / "generation_config.json", pad_token_id=61), "pads with 61")]
+    harms += [
+        (lambda: edit_json(Path(RESIZED) / "tokenizer_config.json", pad_token="<|im_end|>"), "a token other than")
+    ]
     harms += [(lambda: edit_json(Path(RESIZED) / "config.json", num_hidden_layers=2), "disagree about 9 tensors")]
     harms += [(lambda: (Path(RESIZED) / "chat_template.jinja").unlink(), "has no chat_template.jinja")]
     for harm, sentence in harms:

@@ -7,9 +7,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from helpers import ROOT
 
 
+@pytest.mark.torchrun
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened():
     # A process of its own: it forks its ranks, which must not inherit the threads of other tests.
     command = [sys.executable, ROOT / "tests" / "long" / "faults.py", "--quick"]

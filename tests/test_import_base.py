@@ -4,7 +4,6 @@ Run it alone: bash tests/run.sh tests/test_import_base.py
 """
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -169,11 +168,6 @@ def test_a_checkpoint_with_its_sentencepiece_model(imported, tmp_path):
 # ==== Refusals ====
 
 
-class Attack:
-    def __reduce__(self):
-        return os.system, ("touch broken-into",)
-
-
 def refused(imported, checkpoint, **changes):
     with pytest.raises(SystemExit) as refusal:
         imported(checkpoint, **changes)
@@ -184,14 +178,15 @@ def refused(imported, checkpoint, **changes):
 def test_a_checkpoint_cannot_run_code(imported, weights, tmp_path):
     dcp.save({"model": weights}, checkpoint_id=tmp_path / "step", no_dist=True)
     honest = (tmp_path / "step" / ".metadata").read_bytes()
-    for content in (pickle.dumps(Attack()), pickle.dumps({"x": [Attack()]}), honest[:-1] + pickle.dumps(Attack())[2:]):
+    attack = helpers.Attack()
+    for content in (pickle.dumps(attack), pickle.dumps({"x": [attack]}), honest[:-1] + pickle.dumps(attack)[2:]):
         (tmp_path / "step" / ".metadata").write_bytes(content)
         assert "names posix.system, which no DCP metadata needs" in refused(imported, "step")
     for name in ("builtins.eval", "torch.load", "torch.Size.__reduce__"):
         module, _, member = name.partition(".")
         (tmp_path / "step" / ".metadata").write_bytes(f"c{module}\n{member}\n.".encode())
         assert f"it names {name}, which" in refused(imported, "step")
-    torch.save(weights | {"x": Attack()}, tmp_path / "w.pt")
+    torch.save(weights | {"x": attack}, tmp_path / "w.pt")
     assert "w.pt cannot be read" in refused(imported, "w.pt")
     assert not (tmp_path / "broken-into").exists()
     (tmp_path / "step" / ".metadata").write_bytes(honest)

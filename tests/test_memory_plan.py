@@ -124,16 +124,20 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
         with pa.ipc.new_stream(str(folder / "data-00000.arrow"), table.schema) as stream:
             stream.write_table(table)
         writer.write_dataset_metadata(folder, 1, table.schema, "x")
+    (tmp_path / "data" / "report.json").write_text('{"limit": 1000}')
     (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     line = [sys.executable, ROOT / "sft_v1.py", "--plan-only", "--resized-model", tmp_path / "base"]
     result = subprocess.run([*line, "--data-dir", tmp_path / "data"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = {text[:10].strip(): text[11:] for text in result.stdout.splitlines()}
     assert lines["run"].startswith("15,955 steps, about 37")
+    assert lines["run"].endswith("; 17 of 510,577 sequences are left over at the end of each epoch")
+    assert lines["schedule"] == "learning rate up to 2e-05 in 200 steps of warm-up, down to 2e-06 at the last step"
     total, limit = lines["memory"].split(" GiB per rank")[0].split(" of ")
     assert float(total) <= float(limit) == 21.5
     assert "1,000,447,488 parameters" in lines["model"] and "510,577 sequences" in lines["data"]
     assert lines["traffic"].startswith("per_step: 3.0 GB sent per rank and step") and "WARNING" not in lines
+    assert "WARNING: the data was prepared with --limit 1000." in result.stdout
     assert lines["checkpoint"].startswith("11.2 GiB each, 3 kept plus one being written: 45 GiB")
     assert not (tmp_path / "checkpoints").exists()
     args = default_settings() | {"PLAN_ONLY": True, "RESIZED_MODEL": str(tmp_path / "base"), "DATA_DIR": "none"}

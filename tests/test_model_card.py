@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
 
-from sft import system
-from sft.evaluation import model_card
+from sft.evaluation import eval_results, model_card, run_eval
 
 DIGEST = {"train": "aa", "validation": "bb"}
 METRICS = [
@@ -115,23 +115,53 @@ def test_a_mixture_file_that_was_moved_leaves_the_names(checkpoint):
     assert "| smol | unknown | of your own file" in (export(checkpoint, state_of(100)) / "README.md").read_text()
 
 
-def test_the_card_gets_the_evaluation_of_these_weights_only_and_needs_nothing_of_the_run(checkpoint):
+def test_the_comparison_of_another_model_does_not_reach_the_card(checkpoint, capsys):
     folder, results = export(checkpoint, state_of(100)), Path("eval-results")
-    (results / "after").mkdir(parents=True)
-    (results / "comparison.md").write_text(
-        "# What changed\n\n## lm_eval\n\n| Task | After |\n|---|---|\n| piqa | 0.5 |\n"
-    )
-    (results / "comparison.png").write_bytes(b"picture")
-    before = (folder / "README.md").read_text()
+    plain = (folder / "README.md").read_text()
     for path in checkpoint.parent.glob("*.*"):
-        path.unlink()
-    for digest, shown in (("0" * 64, False), (system.sha256(folder / "model.safetensors"), True)):
-        (results / "after" / "run.json").write_text(json.dumps({"files_sha256": {"model.safetensors": digest}}))
-        model_card.write(folder, "eval-results")
-        card = (folder / "README.md").read_text()
-        assert ("| piqa | 0.5 |" in card) is ("### lm_eval\n" in card) is shown
-        assert (card == before) is not shown
-        assert (folder / "comparison.png").exists() is shown
+        path.unlink()  # the card needs nothing of the run any more
+    assert model_card.write(folder, results) == "there is no eval-results/comparison.json"
+    write_pair(Path(), MINE, MINE)
+    edit_json(results / "after/run.json", files_sha256=eval_results.weights_in(folder))
+    write_run(results / "other", {"mine": {"acc": share(9, 9)}})  # another model, in a folder next to `after`
+    compare = compare_in(capsys)
+    compare(AFTER="eval-results/other")
+    assert "is about other weights than those in export" in model_card.write(folder, results)
+    assert (folder / "README.md").read_text() == plain and not (folder / "comparison.png").exists()
+    compare()
+    assert model_card.write(folder, results) is None
+    card = (folder / "README.md").read_text()
+    assert "### lm_eval\n" in card and "| mine " in card and (folder / "comparison.png").exists()
+    page = results / "comparison.md"
+    page.write_text(page.read_text() + "| forged |\n")
+    assert "comparison.md is not the one that" in model_card.write(folder, results)
+    assert (folder / "README.md").read_text() == plain
+
+
+def test_a_source_named_by_others_forges_no_row_and_no_html(checkpoint):
+    path = Path("data/sft_v1/report.json")
+    report = json.loads(path.read_text())
+    report["sources"][0]["name"] = "x | y\n| forged | <img> |"
+    path.write_text(json.dumps(report))
+    card = (export(checkpoint, state_of(100)) / "README.md").read_text()
+    assert r"| x \| y \| forged \| &lt;img> \| | unknown |" in card
+
+
+def test_a_card_that_cannot_be_written_is_refused_in_one_sentence(checkpoint):
+    folder = export(checkpoint, state_of(100))
+    earlier = (folder / "README.md").read_text()
+    write_pair(Path(), MINE, MINE)
+    (folder / "README.md.unfinished").mkdir()
+    with pytest.raises(SystemExit, match=r"run_eval.sh: .*README.md.unfinished'. Check the free disk space"):
+        run_eval.main({"EVAL_RESULTS": "eval-results", "EXPORT_DIR": "export"}, "compare")
+    assert (folder / "README.md").read_text() == earlier
+
+
+def test_zeroed_lines_of_the_metrics_are_skipped(checkpoint):
+    path = checkpoint.parent / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first, "\0" * 40 + "\n", *rest]))
+    assert "last training loss: 1.0000" in (export(checkpoint, state_of(100)) / "README.md").read_text()
 
 
 def test_a_folder_that_is_no_export_is_refused(checkpoint):

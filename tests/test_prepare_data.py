@@ -238,8 +238,29 @@ def test_another_seed_draws_other_rows(prepared, bpe_tokenizer_dir):
 def test_show_prints_sequences_with_the_trained_text_in_green(prepared, bpe_tokenizer_dir):
     folder, _, _ = prepared
     shown = run(folder, None, bpe_tokenizer_dir, "--show", "1")
-    assert shown.returncode == 0 and shown.stdout.count("----\n") == 4
+    assert shown.returncode == 0 and shown.stdout.count("----\033[0m\n") == 4
     assert "<|im_start|>assistant\n\033[32mr<|im_end|>\033[0m" in shown.stdout
+
+
+def test_text_of_a_row_or_a_name_can_neither_steer_a_terminal_nor_forge_the_report_or_break_the_picture(
+    tmp_path, small_tokenizer_dir
+):
+    name = r"spend $ and \US$ <img src=x> | 1"
+    rows = [chat(f"{n}\x1b[2J", f"\x9b1m\n---- s, sequence 9 ----\u202e {n}") | {"kind": "a|b\x1b"} for n in range(20)]
+    rows.append(chat("x", "y") | {"kind": "<b>\n| forged | 1 |"})
+    mixture = [{"name": name, "rows": rows, "path": "x", "exclude": {"kind": ["<b>\n| forged | 1 |"]}}]
+    mixture[0]["path"] = "s.jsonl"
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixture[0].pop("rows")))
+    result = run(tmp_path, mixture, small_tokenizer_dir)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if "US" in line and line.startswith("|"))
+    assert r"| spend $ and \\US$ &lt;img src=x> \| 1 | 21 |" in row
+    assert "\n| forged" not in text and "<b>" not in text and "\x1b" not in text
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    shown = run(tmp_path, None, small_tokenizer_dir, "--show", "1").stdout
+    assert set(re.findall(r"\x1b\[?\d*.?", shown)) == {"\x1b[1m", "\x1b[0m", "\x1b[32m"}
+    assert "\x9b" not in shown and "\u202e" not in shown and r"\x1b[2J" in shown
 
 
 # ---- What is rejected on purpose ----
@@ -291,7 +312,8 @@ def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, 
     rows = [chat(f"clean {n}", "yes") for n in range(20)] + [chat(question.upper(), answer)]
     flags = [
         "--decontaminate-against",
-        "demo_persona,demo_general",
+        "demo_persona",
+        "demo_general",
         "--tasks-include-path",
         str(ROOT / "demo" / "tasks"),
     ]
@@ -300,7 +322,10 @@ def test_questions_of_the_evaluation_are_rejected_with_the_task_named(tmp_path, 
     [line] = rejected_of(tmp_path / "out")
     assert line["row"] == 20 and line["reason"] == "contaminated: demo_general" and len(line["detail"].split()) == 13
     assert [task["task"] for task in report_of(tmp_path / "out")["evaluation"]] == ["demo_persona", "demo_general"]
-    assert "| demo_general | 64 |" in (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| task | questions | too short to compare | formulas left out | s |" in text
+    too_short = report_of(tmp_path / "out")["evaluation"][1]["too_short"]
+    assert f"| demo_general | 64 | {too_short} | 0 | 1 |" in text and "formulas: runs of 13 words" in text
 
 
 # ---- Kills and restarts ----
@@ -547,6 +572,10 @@ def test_the_report_says_that_a_limited_run_is_not_the_mixture(tmp_path, small_t
         ),
         ({"rows": [chat("a")] * 20}, "none of 20 rows can be trained on (20 no assistant turn). Correct its schema."),
         ({"rows": []}, "none of 0 rows can be trained on"),
+        (
+            {"schema": "conversations", "examples": 5},
+            "none of 20 rows can be trained on (20 no turns in the schema's columns). Correct its schema.",
+        ),
         ({"schema": "conversations"}, "none of 20 rows can be trained on (20 no turns in the schema's columns)"),
     ],
 )
@@ -601,6 +630,25 @@ def test_a_full_folder_and_a_wrong_setting_are_refused(tmp_path):
         with pytest.raises(SystemExit) as error:
             prepare_data.main(prepare_args(**args | {"DATA_DIR": str(tmp_path / "fresh")} | change))
         assert sentence in str(error.value)
+
+
+def test_a_folder_that_no_finished_data_could_get_is_refused_before_the_work_and_a_link_is_followed(
+    tmp_path, small_tokenizer_dir
+):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    mixture = [{"name": "s", "rows": ROWS}]
+    result = run(tmp_path, mixture, small_tokenizer_dir, output="link")
+    assert result.returncode == 0 and (tmp_path / "disk" / "report.json").exists(), result.stderr
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob("*.unfinished"))
+    result = run(tmp_path, mixture, small_tokenizer_dir, output="a::b/out")
+    assert result.returncode == 1 and 'cannot read a folder with "::" in its path. Name another' in result.stderr
+    assert result.stdout == "" and not (tmp_path / "a::b").exists()
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "thesis.txt").write_text("precious")
+    result = run(tmp_path, mixture, small_tokenizer_dir)
+    assert result.returncode == 1 and "no script of this suite made it" in result.stderr and result.stdout == ""
+    assert (tmp_path / "out.unfinished" / "thesis.txt").exists()
 
 
 def test_a_missing_and_a_damaged_tokenizer_are_refused(tmp_path, small_tokenizer_dir):

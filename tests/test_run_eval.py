@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, copy_lm_eval, write_conversations, write_dataset, write_model, write_tokenizer
+from helpers import ROOT, copy_lm_eval, edit_json, write_conversations, write_dataset, write_model, write_tokenizer
 from transformers import AutoTokenizer
 
 from sft.evaluation import eval_results, model_card, run_eval
@@ -283,6 +283,7 @@ def test_an_interrupted_run_continues_and_repeats_nothing(folder, runs):
     for task, time_written in runs["times"].items():
         assert f"run_eval.sh: {task} on" not in output
         assert finished_tasks(folder, "before")[task].stat().st_mtime_ns == time_written  # renamed with its folder
+    assert not list(folder.glob("eval-results/*/.lock"))
     assert not list(folder.glob("eval-results/*unfinished")) and not list(
         folder.glob("eval-results/before/*unfinished")
     )
@@ -451,6 +452,8 @@ def test_an_unfinished_run_continues_only_with_the_same_settings(start):
         ({"MODEL": "models/nowhere"}, "no config.json in the model folder models/nowhere"),
         ({"INCLUDE_PATH": "nowhere"}, r"no folder nowhere \(INCLUDE_PATH\)"),
         ({"CHAT_TEMPLATE": "1"}, "the tokenizer in models/base has no chat template"),
+        ({"MODEL_ARGS": "max_length=9, pretrained=models/resized"}, "MODEL_ARGS sets pretrained"),
+        ({"MODEL_ARGS": "peft=models/resized,dtype=float32"}, "MODEL_ARGS sets peft, dtype"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(start, changes, says):
@@ -471,8 +474,34 @@ def test_a_model_folder_must_be_whole(folder, start):
     with pytest.raises(SystemExit, match="tokens, but the model"):
         start(MODEL="exports/wide")
     (wide / "tokenizer.json").write_text("{}")
-    with pytest.raises(SystemExit, match="the config or tokenizer in exports/wide does not load"):
+    with pytest.raises(SystemExit, match="the tokenizer in exports/wide does not load"):
         start(MODEL="exports/wide")
+
+
+def test_a_tokenizer_class_that_makes_other_ids_than_training_is_refused(folder, start):
+    """A Llama-3-like tokenizer.json: GPT2Tokenizer replaces its pre-tokenizer, so `before` would see other ids."""
+    model = shutil.copytree(folder / "models/base", folder / "models/other_class")
+    backend = json.loads((model / "tokenizer.json").read_text())
+    pattern = {"Regex": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    backend["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_only]}
+    vocab = backend["model"]["vocab"]
+    vocab["34"] = vocab.pop(max(vocab, key=vocab.get))  # it is in 1234567, but not in 123 456 7
+    backend["model"]["merges"] = [["3", "4"]]
+    (model / "tokenizer.json").write_text(json.dumps(backend))
+    edit_json(model / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", unk_token="</s>")
+    with pytest.raises(SystemExit, match=r"GPT2Tokenizer\) makes \d+ ids of .*PreTrainedTokenizerFast"):
+        start(MODEL="models/other_class")
+    edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    assert len(json.loads((start(MODEL="models/other_class") / "run.json").read_text())["ids_sha256"]) == 64
+
+
+def test_results_that_would_replace_a_link_are_refused_before_the_work(start, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    with pytest.raises(SystemExit, match="linked is a link or a mount point"):
+        start(NAME="linked")
 
 
 def test_a_full_disk_is_seen_at_once(start, monkeypatch):
@@ -515,9 +544,28 @@ def test_a_name_or_folder_that_lm_eval_or_a_path_cannot_take(folder):
     assert status == 1 and "cannot read a folder with ',' or '=' in its name" in output
 
 
-def test_no_lm_eval_on_the_path(folder):
-    status, output = run_script(folder, "x", "models/base", PATH="/usr/bin:/bin")
-    assert status == 1 and "no lm_eval on the path" in output
+def write_command(path, line):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def test_a_python_without_lm_eval_is_refused(folder):
+    status, output = run_script(folder, "x", "models/base", PATH="/usr/bin:/bin", PYTHONPATH="")
+    assert status == 1 and "has no lm_eval. Activate the environment" in output
+
+
+def test_only_python_must_be_on_the_path(folder, tmp_path):
+    write_command(tmp_path / "bin/python", f'exec {sys.executable} "$@"')
+    status, output = run_script(folder, "x", "models/nowhere", PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert status == 1 and "no config.json in the model folder models/nowhere" in output
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(folder, tmp_path):
+    write_command(tmp_path / "bin/flock", "exit 71")  # as flock(1) does where the kernel says ENOLCK
+    path = f"{tmp_path}/bin:{environment(folder)['PATH']}"
+    status, output = run_script(folder, "unlocked", "models/base", PATH=path)
+    assert status == 1 and "unlocked.unfinished cannot be locked: its file system has no locks" in output
 
 
 @pytest.mark.parametrize("arguments", [(), ("x",), ("before", "b", "c")])

@@ -4,6 +4,7 @@ Run it alone: bash tests/run.sh tests/test_settings.py
 """
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -92,20 +93,31 @@ def test_defaults_come_back_as_a_dict(run):
 
 
 def test_flags_set_constants_of_their_type(run):
-    flags = ("--rate", "1", "--steps=-7", "--no-on", "--off", "--name", "c d", "--tasks", "p,q,", "--table", "t.json")
+    flags = ("--rate", "1", "--steps=-7", "--no-on", "--off", "--name", "c d", "--tasks", "p", "q", "--table", "t.json")
     args = eval(run(*flags)[1])
     expected = {"RATE": 1.0, "STEPS": -7, "ON": False, "OFF": True, "NAME": "c d", "TASKS": ("p", "q")}
     assert args == expected | {"TABLE": "t.json"}
     assert isinstance(args["RATE"], float)
 
 
+def test_commas_in_a_text_do_not_split_it_and_nothing_that_was_given_is_lost(run):
+    for flags, expected in (
+        (["--tasks", "Hello, who are you?", r"v1{1,3}\b"], ("Hello, who are you?", r"v1{1,3}\b")),
+        (["--tasks", "p", "--tasks", "q", "r"], ("p", "q", "r")),
+        (["--tasks=-p,q"], ("-p,q",)),
+        (["--tasks", ""], ()),
+        ([], ("x", "y")),
+    ):
+        assert eval(run(*flags)[1])["TASKS"] == expected
+
+
 def test_help_shows_docstring_groups_comments_and_defaults(run):
-    text = run("--help")[1]
+    text = " ".join(run("--help")[1].split())
     for part in (
         "Does nothing much.",
         "First group:",
         "Second group:",
-        '--rate FLOAT     rate per step, 0 to 100% ("quoted", käse) [2e-05]',
+        '--rate FLOAT rate per step, 0 to 100% ("quoted", käse) [2e-05]',
         "text with a hash ['a # b']",
         "rows of the table",
         "--no-on",
@@ -122,6 +134,7 @@ def test_help_shows_docstring_groups_comments_and_defaults(run):
         (["--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
         (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
         (["--name"], "argument --name: expected one argument"),
+        (["--tasks"], "argument --tasks: expected at least one argument"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -167,3 +180,26 @@ def test_every_constant_of_every_script_is_a_flag_with_a_comment(help_texts, scr
     for _, name, comment in constants:
         assert len(comment) > 5, f"{script}: {name} has no comment"
         assert f"--{name.lower().replace('_', '-')}" in help_texts[script]
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"HOW": "c"}, r"HOW is 'c'; it must be one of a, b\."),
+        ({"STEPS": 0}, r"STEPS is 0; it must be at least 1\."),
+        ({"STEPS": float("nan")}, r"STEPS is nan; it must be at least 1\."),
+        ({"STEPS": float("inf")}, r"STEPS is inf; it must be at least 1\."),
+    ],
+)
+def test_a_value_outside_its_bounds_is_a_sentence(args, sentence):
+    settings.check_bounds({"HOW": "a", "STEPS": 1}, {"HOW": ("a", "b")}, {"STEPS": 1})
+    with pytest.raises(SystemExit, match=sentence):
+        settings.check_bounds({"HOW": "a", "STEPS": 1} | args, {"HOW": ("a", "b")}, {"STEPS": 1})
+
+
+def test_text_that_the_terminals_encoding_lacks_is_escaped(tmp_path):
+    program = "# ==== x ====\nfrom sft import settings\nsettings.from_flags(globals())\nprint('\u4f60 \u00fc')\n"
+    (tmp_path / "script.py").write_text(program, encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, env=env)
+    assert result.stdout.decode("latin-1") == "\\u4f60 \u00fc\n", result.stderr

@@ -3,10 +3,11 @@
 bash tests/run.sh tests/test_sft_v1.py
 """
 
-import itertools
 import json
 import math
 import os
+import pickle
+import re
 import resource
 import shutil
 import socket
@@ -21,10 +22,14 @@ from helpers import (
     ROOT,
     RUN,
     TORCHRUN,
+    Attack,
     assert_same_steps,
+    bytes_for_a_tensor,
     default_settings,
+    edit_json,
     go_back,
     metrics,
+    poison,
     run_alone,
     run_settings,
     sequences,
@@ -41,14 +46,7 @@ from sft.data import chatml
 from sft.training import checkpoints, dataloader
 from sft.training import model as sft_model
 
-# ---- Schedule and optimizer ----
-
-
-def test_learning_rate_warms_up_and_ends_at_the_floor():
-    rates = [sft_v1.learning_rate(step, 1000, 2e-5, 2e-6, 200) for step in range(1000)]
-    assert rates[0] == pytest.approx(1e-7) and rates[199] == rates[200] == 2e-5
-    assert rates[-1] == pytest.approx(2e-6) and rates[599] == pytest.approx(1.1e-5, rel=5e-3)
-    assert all(a >= b for a, b in itertools.pairwise(rates[200:]))
+# ---- Optimizer ----
 
 
 def test_weight_decay_spares_norms_and_biases(tmp_path):
@@ -110,14 +108,13 @@ def test_one_rank_computes_the_same_steps_with_other_settings_of_speed(runs, two
 
 
 @pytest.mark.torchrun
-def test_a_run_continues_on_another_number_of_ranks(runs, two_ranks, alone):
-    def one_step_alone(name):
-        (runs / name / "STOP").touch()
-        run_alone(alone, runs, name)
-        assert not (runs / name / "STOP").exists()
-
+def test_a_run_continues_on_another_number_of_ranks(runs, two_ranks, alone, monkeypatch):
     go_back(two_ranks, runs / "relay", 10)
-    one_step_alone("relay")  # from two ranks to one
+    with monkeypatch.context() as patch:  # one step, from two ranks to one: a STOP that is made while it loads
+        patch.setattr(sft_v1.export_hf, "dry_run", lambda folder: (runs / "relay" / "STOP").touch())
+        run_alone(alone, runs, "relay")
+    assert not (runs / "relay" / "STOP").exists()
+    assert checkpoints.latest_whole(runs / "relay").name == "step_000011"
     trained(runs, "relay", 3, TOKENS_PER_MICRO_BATCH=4096)  # to three
     assert_same_steps(runs / "relay", two_ranks)
     assert checkpoints.verify(runs / "relay" / "step_000030")["world_size"] == 3
@@ -320,6 +317,25 @@ def test_a_finished_run_has_nothing_to_do(runs, two_ranks, alone, capsys):
     assert "Nothing to do: 30 of 30 steps are done." in capsys.readouterr().out
 
 
+def test_a_stop_of_a_finished_run_does_not_end_the_next_which_says_how_the_rate_goes_on(runs, alone, capsys):
+    changes = {"VALIDATE_EVERY": 0, "MIN_LEARNING_RATE": 1e-4}
+    run_alone(alone, runs, "longer", MAX_STEPS=5, **changes)
+    (runs / "longer" / "STOP").touch()
+    run_alone(alone, runs, "longer", MAX_STEPS=8, **changes)
+    stdout = capsys.readouterr().out
+    assert "MAX_STEPS: 5 then, 8 now" in stdout and "learning rate: 0.0001 at step 5, 0.00055 at the next" in stdout
+    (runs / "longer" / "STOP").mkdir()
+    run_alone(alone, runs, "longer", MAX_STEPS=9, **changes)
+    assert checkpoints.latest_whole(runs / "longer").name == "step_000009"
+    assert [path.name for path in (runs / "longer").glob("STOP")] == ["STOP"]
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused(runs, alone, capsys):
+    with pytest.raises(SystemExit):
+        run_alone(alone, runs, "warm", WARMUP_STEPS=30)
+    assert "WARMUP_STEPS is 30, but the run has only 30 steps" in capsys.readouterr().err
+
+
 # ---- Checkpoints that must not be continued ----
 
 
@@ -330,8 +346,10 @@ def tampered(runs, two_ranks, alone, tmp_path):
     whole = two_ranks / "step_000020"
     state, tensors = checkpoints.verify(whole), stored(whole)
 
-    def load(new_tensors=tensors, **changes):
+    def load(new_tensors=tensors, new_metadata=None, **changes):
         checkpoint = checkpoints.save(tmp_path, 20, new_tensors, state | changes, 3)
+        if new_metadata:
+            poison(checkpoint, new_metadata)
         model = sft_model.load_model(runs / "base")
         sft_v1.shard(model, alone, torch.float32, "per_step")
         ours = sft_v1.checkpoint_tensors(model, sft_v1.make_optimizer(model, (0.9, 0.95), 0.01))
@@ -344,6 +362,17 @@ def tampered(runs, two_ranks, alone, tmp_path):
 @pytest.mark.torchrun
 def test_a_checkpoint_that_was_not_tampered_with_is_loaded(tampered):
     assert tampered()["step"] == 20
+
+
+@pytest.mark.torchrun
+def test_a_checkpoint_runs_no_code_when_it_is_continued(tampered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"names posix\.system, which no DCP metadata needs"):
+        tampered(new_metadata=lambda content: content[:-1] + pickle.dumps(Attack())[2:])
+    name = "model.model.norm.weight"
+    with pytest.raises(SystemExit, match=rf"step_000020 lacks tensors: 1 of .*, first {re.escape(name)}"):
+        tampered(new_metadata=bytes_for_a_tensor(name))
+    assert not (tmp_path / "broken-into").exists()
 
 
 @pytest.mark.torchrun
@@ -368,7 +397,7 @@ def test_moments_that_are_all_zero_are_refused(tampered):
 
 @pytest.mark.torchrun
 def test_a_checkpoint_of_other_data_or_with_another_name_is_refused(tampered):
-    with pytest.raises(SystemExit, match="was trained on other data, tokenizer or base"):
+    with pytest.raises(SystemExit, match="was trained on other data or from another base: data: "):
         tampered(fingerprints={})
     with pytest.raises(SystemExit, match="holds step 10: it was renamed"):
         tampered(step=10)
@@ -380,7 +409,7 @@ def test_a_checkpoint_of_other_data_or_with_another_name_is_refused(tampered):
 def test_sequences_beyond_the_models_context_are_refused():
     for config in (tiny_config(), tiny_config(transformers.MistralConfig, sliding_window=100)):
         with pytest.raises(SystemExit, match=r"300 tokens, the model's context or window is \d+. Run prepare_data.py"):
-            sft_v1.check_lengths(np.array([300]), "training", 1, config, 4096)
+            dataloader.check_lengths(np.array([300]), "training", 1, config, 4096)
 
 
 def test_a_sequence_beyond_the_token_budget_is_refused_at_start(runs):
@@ -396,7 +425,7 @@ def test_without_torchrun_it_says_how_to_start(tmp_path):
 
 
 def test_each_number_among_the_settings_has_one_lower_bound():
-    bounded = [*sft_v1.AT_LEAST_0, *sft_v1.AT_LEAST_1, *sft_v1.ABOVE_0]
+    bounded = [*sft_v1.AT_LEAST, *sft_v1.ABOVE_0]
     numbers = [name for name, value in default_settings().items() if type(value) in (int, float)]
     assert sorted(bounded) == sorted(numbers) and set(RUN) <= set(default_settings())
 
@@ -420,36 +449,69 @@ def test_impossible_settings_are_refused(name, value, sentence):
         sft_v1.validate_settings(default_settings() | {name: value})
 
 
+def check(data, base):
+    return sft_v1.check_inputs(data, dataloader.read_report(data), base)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_base_that_was_resized_for_another_template_or_tokenizer_is_refused(runs, tmp_path, name):
+    base = shutil.copytree(runs / "base", tmp_path / "base")
+    (base / name).write_text("keep = true" * 100)
+    with pytest.raises(SystemExit, match=rf"tokenizers of .* differ: {name}: .* here. Run resize_vocab.py") as refusal:
+        check(runs / "data", base)
+    assert "keep" not in str(refusal.value)
+
+
+def test_a_run_is_not_continued_with_another_rope_theta_or_on_data_of_which_half_is_zero(runs, tmp_path, alone, capsys):
+    changes = {"MAX_STEPS": 4, "VALIDATE_EVERY": 0}
+    for name in ("base", "data"):
+        shutil.copytree(runs / name, tmp_path / name)
+    run_alone(alone, tmp_path, "run", **changes)
+    again = shutil.copytree(tmp_path / "base", tmp_path / "again")
+    edit_json(again / "config.json", rope_parameters={"rope_theta": 5e5, "rope_type": "default"})
+    with pytest.raises(SystemExit):
+        run_alone(alone, tmp_path, "run", RESIZED_MODEL=str(again), **changes)
+    sentence = "run holds another run: config.json rope_parameters.rope_theta: 10000.0 then, 500000.0 now. Name another"
+    assert sentence in capsys.readouterr().err
+    (path,) = (tmp_path / "data" / "train").glob("*.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        run_alone(alone, tmp_path, "run", **changes)
+    assert "the ids, lengths or masks of x (train split) are not what prepare_data.py wrote" in capsys.readouterr().err
+
+
 def test_what_does_not_belong_together_is_refused(runs, tmp_path):
     data, base = write_data(tmp_path / "data"), shutil.copytree(runs / "base", tmp_path / "base")
-    assert sft_v1.check_inputs(data, base).keys() == {"data", "tokenizer", "base"}
+    assert check(data, base).items() >= {"config.json vocab_size": 515, "special_tokens_map.json": None}.items()
     with pytest.raises(SystemExit, match=r"none/report.json is missing. Run prepare_data.py"):
-        sft_v1.check_inputs(tmp_path / "none", base)
+        check(tmp_path / "none", base)
     with pytest.raises(SystemExit, match=r"none/config.json is missing. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, tmp_path / "none")
+        check(data, tmp_path / "none")
     (base / "model.safetensors").rename(tmp_path / "kept")
     with pytest.raises(SystemExit, match=r"base has no safetensors. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     (tmp_path / "kept").rename(base / "model.safetensors")
     shutil.rmtree(data / "train")
     with pytest.raises(SystemExit, match=r"holds no finished data .* Run prepare_data.py"):
         dataloader.load_data(str(data))
     (base / "tokenizer.json").write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"tokenizers of .* differ. Run resize_vocab.py"):
-        sft_v1.check_inputs(data, base)
+    with pytest.raises(SystemExit, match=r"tokenizers of .* differ: tokenizer.json: .* Run resize_vocab.py"):
+        check(data, base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": "515"}))
     with pytest.raises(SystemExit, match=r"515 rows .* this base was not resized"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     write_base(base, tiny_config(vocab_size=500))
     with pytest.raises(SystemExit, match=r"500 rows .* 515 tokens: this base was not resized"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
     (data / "tokenizer" / "tokenizer.json").write_bytes(b"another")
-    with pytest.raises(SystemExit, match=r"not the one its report names. Run prepare_data.py"):
-        sft_v1.check_inputs(data, base)
+    with pytest.raises(SystemExit, match=r"not the one its report names: tokenizer.json: .* Run prepare_data.py"):
+        check(data, base)
     (data / "report.json").write_text("{")
     with pytest.raises(SystemExit, match="not readable JSON"):
-        sft_v1.check_inputs(data, base)
+        check(data, base)
 
 
 def test_a_run_on_a_quick_look_at_the_data_warns(tmp_path, capsys):
@@ -457,11 +519,10 @@ def test_a_run_on_a_quick_look_at_the_data_warns(tmp_path, capsys):
     checkpoint_dir.mkdir()
     args = {"DATA_DIR": str(data), "CHECKPOINT_DIR": str(checkpoint_dir)}
     state = sft_v1.State(settings={}, fingerprints={}, versions={}, world_size=1)
-    sft_v1.announce(args, state, "the plan", 0, [])
+    report = dataloader.read_report(data)
+    sft_v1.announce(args, state, report, "the plan", 0, [])
     assert "WARNING" not in capsys.readouterr().out
-    report = json.loads((data / "report.json").read_text())
-    (data / "report.json").write_text(json.dumps(report | {"limit": 1000}))
-    sft_v1.announce(args, state, "the plan", 0, [])
+    sft_v1.announce(args, state, report | {"limit": 1000}, "the plan", 0, [])
     warning = "WARNING: the data was prepared with --limit 1000. Don't take this run for the real one."
     assert warning in capsys.readouterr().out.splitlines()
 

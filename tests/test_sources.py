@@ -1,4 +1,4 @@
-"""sources.py: a mixture and its refusals; rows from JSONL, JSON, Parquet and the hub; damaged files.
+"""sources.py: a mixture and its refusals; rows from JSONL, JSON and Parquet files; damaged files.
 
 Run it alone: bash tests/run.sh tests/test_sources.py
 """
@@ -56,6 +56,9 @@ def test_a_source_has_defaults_and_attributes(tmp_path):
         ({"file": "x.json"}, '"file" is a file of a "hub" source'),
         ({"identity_patterns": "x"}, "identity_patterns is 'x'; it must be a list of regular expressions."),
         ({"identity_patterns": ["("]}, "identity_patterns: '(' isn't a valid RE2 expression"),
+        ({"identity_patterns": ["x)|(?P<b>y"]}, "'x)|(?P<b>y' isn't a valid RE2 expression"),
+        ({"name": "s\n| forged"}, "its name must be one line of printable text"),
+        ({"name": "\x1b[2Js"}, "its name must be one line of printable text"),
         ({"exclude": ["x"]}, "exclude is ['x']; it must be an object of column: [values]"),
     ],
 )
@@ -95,7 +98,7 @@ def test_wrong_files_are_a_sentence(tmp_path):
         ("unreadable.jsonl", "s: unreadable.jsonl cannot be read (OSError: [Errno 5] Input/output error). Check that"),
         ("object.json", "expected a JSON array of rows, found '{\"a\": 1}'"),
         ("text.parquet", "has no column messages; it has text"),
-        ("broken.parquet", "not a parquet file.). Check that the file is whole and that you may read it."),
+        ("broken.parquet", "not a parquet file). Check that the file is whole and that you may read it."),
         ("notes.txt", "isn't a .jsonl, .json or .parquet file"),
     ]:
         with pytest.raises(SystemExit, match=re.escape(sentence)):
@@ -126,49 +129,6 @@ def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
     os.close(rows.file.fileno())
     with pytest.raises(SystemExit, match=r"rows.jsonl cannot be read at byte 0 \(\[Errno 9\] Bad file descriptor\)"):
         rows.take([0])
-
-
-# ---- The hub ----
-
-
-def test_a_hub_that_cannot_be_reached_is_a_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SystemExit, match=r"s: no-such-owner/no-such-data cannot be read .*give its \"path\""):
-        sources.find_source(source(hub="no-such-owner/no-such-data"), tmp_path)
-
-
-def test_hub_sources_are_read_by_name_and_by_file(tmp_path, monkeypatch):
-    """Offline: `datasets` reads a local folder of the hub's name, the hub client its cache."""
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "owner" / "name" / "train.parquet")
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cache = tmp_path / "hub" / "datasets--owner--files"
-    for path, text in ((f"snapshots/{commit}/in/rows.json", json.dumps(ROWS)), ("refs/main", commit)):
-        (cache / path).parent.mkdir(parents=True)
-        (cache / path).write_text(text)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    file = {"name": "file", "hub": "owner/files", "revision": "main"}
-    for fields in ({"hub": "owner/name", "split": "train"}, file | {"file": "in/rows.json"}):
-        rows = open_rows(tmp_path, **fields)
-        assert [row["messages"] for row, _ in rows.take(list(range(20)))] == [row["messages"] for row in ROWS]
-        assert len(rows) == 20
-    _, fingerprint = sources.find_source(source(**file, file="in/rows.json"), tmp_path)
-    assert fingerprint["revision"] == commit
-    with pytest.raises(SystemExit, match="file: owner/files cannot be read"):
-        open_rows(tmp_path, **file, file="in/none.json")
-
-
-def test_the_commit_of_a_hub_data_set_comes_from_its_downloads_or_its_cache():
-    commit = "0123456789abcdef" * 2 + "01234567"
-    addresses = ["https://elsewhere/rows.json", f"hf://datasets/owner/name@{commit}/rows.json"]
-    cache_file = "cache/owner___name/default/0.0.0/{}/name-train.arrow"
-    assert sources.commit_of(addresses, []) == commit
-    assert sources.commit_of(addresses, [cache_file.format("f" * 40)]) == commit
-    assert sources.commit_of([], [cache_file.format(commit)]) == commit
-    assert sources.commit_of([], [cache_file.format("main")]) is None
-    assert sources.commit_of([], []) is None
 
 
 def test_a_full_cache_of_the_hub_gets_no_advice_on_the_network(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Run it alone: bash tests/run.sh tests/test_system.py
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -64,10 +65,11 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "a" / "out"
     with system.staged(folder, "--out-dir") as staging:
-        assert staging == system.unfinished(folder) == folder.with_name("out.unfinished")
+        assert staging.parent == system.unfinished(folder) == folder.with_name("out.unfinished")
         (staging / "x").write_text("whole")
         assert not folder.exists()
-    assert (folder / "x").read_text() == "whole" and not staging.exists()
+    assert (folder / "x").read_text() == "whole" and not staging.parent.exists()
+    assert [path.name for path in folder.iterdir()] == ["x"]
     sentence = r"out is not empty. Move it away, or name another --out-dir"
     with pytest.raises(SystemExit, match=sentence), system.staged(folder, "--out-dir"):
         pytest.fail("the block must not run")
@@ -76,14 +78,101 @@ def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("error", [SystemExit("why"), KeyboardInterrupt(), OSError("disk full")])
 def test_a_staged_folder_whose_block_fails_leaves_nothing(tmp_path, error):
-    system.unfinished(tmp_path / "out").mkdir()  # of a run that was killed
-    (system.unfinished(tmp_path / "out") / "stale").touch()
+    killed, handle = system.claim(tmp_path / "out", "--out-dir")  # of a run that was killed
+    handle.close()
+    (killed / "out").mkdir()
+    (killed / "out" / "stale").touch()
     with pytest.raises((SystemExit, KeyboardInterrupt)) as end, system.staged(tmp_path / "out", "--out-dir") as staging:
         assert not list(staging.iterdir())
         raise error
     assert not list(tmp_path.iterdir())
     if isinstance(error, OSError):
         assert "out cannot be written (disk full). Free disk space, or name another --out-dir" in str(end.value)
+
+
+def test_an_output_folder_that_is_a_link_is_written_where_it_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    (tmp_path / "dangling").symlink_to("later/folder")
+    for link, target in (("out", "disk"), ("dangling", "later/folder")):
+        with system.staged(tmp_path / link, "--out-dir") as staging:
+            assert staging.parent == system.unfinished(tmp_path / target)
+            (staging / "x").write_text("whole")
+        assert (tmp_path / target / "x").read_text() == "whole" and (tmp_path / link).is_symlink()
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(SystemExit, match="round cannot be"), system.staged(tmp_path / "round", "--out-dir"):
+        pass
+
+
+def test_the_folder_where_one_stands_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with system.staged(".", "--out-dir") as staging:
+        (staging / "x").touch()
+    assert (tmp_path / "here" / "x").exists()
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path):
+    """A real mount, in a namespace of its own."""
+    program = "import sys; sys.path.insert(0, sys.argv[1])\nfrom sft import system\n"
+    program += "with system.staged(sys.argv[2], '--out-dir'):\n    print('worked')\n"
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    shell = 'mount -t tmpfs none "$0" && "$1" -c "$2" "$3" "$4"'
+    command = ["unshare", "-rm", "sh", "-c", shell, volume, sys.executable, program, ROOT]
+    done = subprocess.run([*command, volume], capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr}")
+    sentence = f"{volume} is a mount point. Name a folder inside it with --out-dir."
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.strip() == sentence
+    done = subprocess.run([*command, volume / "inside"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "worked\n"
+    assert not system.unfinished(volume).exists()
+
+
+def test_a_second_writer_of_a_staged_folder_is_refused_and_the_first_one_finishes(tmp_path):
+    with system.staged(tmp_path / "out", "--out-dir") as staging:
+        (staging / "x").write_text("whole")
+        sentence = rf"out.unfinished is in use by another run \(process {os.getpid()}\)"
+        with pytest.raises(SystemExit, match=sentence), system.staged(tmp_path / "out", "--out-dir"):
+            pytest.fail("the block must not run")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "x").read_text() == "whole"
+
+
+def test_an_unfinished_folder_of_somebody_else_is_not_deleted(tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "thesis.txt").write_text("precious")
+    (tmp_path / "linked.unfinished").symlink_to("out.unfinished")
+    for name in ("out", "linked"):
+        sentence = f"{name}.unfinished is a link, or holds files and no .lock.* name another --out-dir"
+        with pytest.raises(SystemExit, match=sentence), system.staged(tmp_path / name, "--out-dir"):
+            pytest.fail("the block must not run")
+    assert [path.name for path in (tmp_path / "out.unfinished").iterdir()] == ["thesis.txt"]
+
+
+def test_files_of_others_behind_links_keep_their_content(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "x.json.unfinished").symlink_to(victim)
+    system.write_whole(tmp_path / "x.json", "new")
+    assert (tmp_path / "x.json").read_text() == "new" and not (tmp_path / "x.json").is_symlink()
+    (tmp_path / system.LOCK).symlink_to(victim)
+    with pytest.raises(SystemExit, match=r"\.lock is a link. Remove it, or name another --out-dir"):
+        system.lock(tmp_path, "--out-dir")
+    (tmp_path / system.LOCK).unlink()
+    os.link(victim, tmp_path / system.LOCK)
+    with pytest.raises(SystemExit, match=r"\.lock isn't a lock"):
+        system.lock(tmp_path, "--out-dir")
+    assert victim.read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_a_sentence(tmp_path, monkeypatch):
+    def no_locks(handle, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(system.fcntl, "flock", no_locks)
+    with pytest.raises(SystemExit, match=r"its file system has no locks \(.*No locks available\).* --out-dir"):
+        system.lock(tmp_path, "--out-dir")
 
 
 def test_a_lock_has_one_owner_and_a_dead_one_frees_it(tmp_path):

@@ -39,7 +39,7 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
 
     adds_bos: whether the base's tokenizer puts a BOS in front of a text. The tokenizer.json is taken as it is: loading
     it as its `tokenizer_class` may replace its pre-tokenizer.
-    Raises: SystemExit if there is no readable tokenizer.json and tokenizer_config.json.
+    Raises: SystemExit if there is no readable tokenizer.json and tokenizer_config.json, or an id would mean two tokens.
     """
     try:
         backend = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
@@ -54,6 +54,7 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
     adds_bos = bos_id is not None and backend.encode("a").ids[:1] == [bos_id]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CHATML])
     backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in THINK])
+    check_ids(backend, folder)
     backend.no_truncation()
     backend.no_padding()
     # Padding must differ from <|im_end|>: collators mask the padding token, and the model would never learn to stop.
@@ -69,6 +70,20 @@ def extend_tokenizer(folder, train_on_special_tokens, keep_past_thinking):
         clean_up_tokenization_spaces=False,
     )
     return tokenizer, adds_bos
+
+
+def check_ids(backend, folder):
+    """Raise SystemExit if a control token of the extended `backend`, of the base in `folder`, has another token's id.
+
+    The tokenizers library counts tokens to find the next id; a vocabulary with holes has that id already.
+    """
+    names = {}
+    for name, token_id in backend.get_vocab(with_added_tokens=True).items():
+        if names.setdefault(token_id, name) != name and {name, names[token_id]} & {*CHATML, *THINK}:
+            raise SystemExit(
+                f"{folder}: {names[token_id]!r} and {name!r} would both have the id {token_id}, because the ids of its "
+                "tokenizer have holes. Fill them with unused tokens."
+            )
 
 
 def special_ids(folder, tokenizer):
@@ -161,7 +176,8 @@ class Encoder:
 
     def __init__(self, tokenizer, adds_bos, train_on_special_tokens, keep_past_thinking):
         backend = tokenizer.backend_tokenizer
-        self.id_type = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        ids = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # more than tokens, if there are holes
+        self.id_type = np.uint16 if ids <= 2**16 else np.uint32
         self.train_special, self.keep_past_thinking = train_on_special_tokens, keep_past_thinking
         # Two copies: for text that follows a control token and for text that follows text (often the same).
         states = [text_state(backend, after_control) for after_control in (True, False)]
@@ -171,7 +187,7 @@ class Encoder:
         added = backend.get_added_tokens_decoder()
         unknown = tokenizer.unk_token_id
         control_ids = [token_id for token_id, token in added.items() if is_control(token) and token_id != unknown]
-        self.is_control = np.zeros(max(len(tokenizer), *control_ids) + 1, bool)
+        self.is_control = np.zeros(ids, bool)
         self.is_control[control_ids] = True
         self.names = [added[token_id].content for token_id in control_ids]
         self.start, self.end, self.think, self.unthink = map(backend.token_to_id, CHATML + THINK)

@@ -4,11 +4,13 @@ import itertools
 from pathlib import Path
 
 import datasets
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerFast
 
 from sft.data import decontamination
+from sft.text import printable, table_cell
 
 COLUMNS = ("read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens")
 
@@ -41,19 +43,19 @@ def source_table(report):
         cells = [row[column] if column == "repeat" else f"{row[column]:,}" for column in columns]
         trainable = row["trainable_tokens"] / row["tokens"]
         share = row["trainable_tokens"] / report["totals"]["trainable_tokens"]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} | {trainable:.1%} | {share:.1%} |")
+        lines.append(f"| {table_cell(row['name'])} | {' | '.join(cells)} | {trainable:.1%} | {share:.1%} |")
     return lines
 
 
 def source_notes(source):
     """Return the lines about what was rejected, changed or damaged in one source."""
-    name = source["name"]
-    lines = [f"- {name}: {count:,} rejected: {reason}" for reason, count in source["reasons"].items()]
+    name = table_cell(source["name"])
+    lines = [f"- {name}: {count:,} rejected: {table_cell(reason)}" for reason, count in source["reasons"].items()]
     lines += [f"- {name}: {count:,} kept, changed: {change}" for change, count in source["changes"].items()]
     if source["control_text"]:
         lines.append(f"- {name}: {source['control_text']:,} kept, with the name of a control token as text")
     if source["damage"]:
-        lines.append(f"- {name}: the file is damaged: {source['damage']}")
+        lines.append(f"- {name}: the file is damaged: {table_cell(source['damage'])}")
     return lines
 
 
@@ -61,24 +63,26 @@ def evaluation_table(report):
     """Return the lines of the table of the evaluation's tasks and the conversations rejected for each."""
     if not report["evaluation"]:
         return ["Not compared with the evaluation's questions (DECONTAMINATE_AGAINST)."]
-    names = [source["name"] for source in report["sources"]]
+    names = [table_cell(source["name"]) for source in report["sources"]]
     lines = [
         f"Conversations rejected because they share {decontamination.NGRAM} words in a row with a question of the "
         "evaluation:",
         "",
-        f"| task | questions | too short to compare | {' | '.join(names)} |",
-        "|---|---:|---:|" + "---:|" * len(names),
+        f"| task | questions | too short to compare | formulas left out | {' | '.join(names)} |",
+        "|---|---:|---:|---:|" + "---:|" * len(names),
     ]
     for task in report["evaluation"]:
         hits = [source["reasons"].get(f"contaminated: {task['task']}", 0) for source in report["sources"]]
-        cells = [f"{count:,}" for count in (task["questions"], task["too_short"], *hits)]
-        lines.append(f"| {task['task']} | {' | '.join(cells)} |")
+        cells = [f"{count:,}" for count in (task["questions"], task["too_short"], task["boilerplate"], *hits)]
+        lines.append(f"| {table_cell(task['task'])} | {' | '.join(cells)} |")
+    lines += ["", f"formulas: runs of {decontamination.NGRAM} words that a task repeats around different texts."]
     return lines
 
 
 # ==== report.png ====
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a name with two "$" is no formula
 def draw(report, path):
     """Write report.png: the histogram of sequence lengths, and each source's share of sequences and trained tokens."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -107,7 +111,10 @@ def draw(report, path):
 
 
 def show(folder, number):
-    """Print `number` sequences per source from the finished `folder`, trained text in green."""
+    """Print `number` sequences per source from the finished `folder`: titles in bold, trained text in green.
+
+    Nothing in a row can do either: its escape characters are printed as such.
+    """
     try:
         data = datasets.load_from_disk(str(folder))["train"]
         tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(folder) / "tokenizer")
@@ -117,9 +124,10 @@ def show(folder, number):
     for name in dict.fromkeys(names.tolist()):
         for index in np.flatnonzero(names == name)[:number].tolist():
             ids, mask = data[index]["input_ids"], np.array(data[index]["assistant_masks"])
-            print(f"\n---- {name}, sequence {index}: {len(ids)} tokens, {mask.sum()} trained ----")
+            title = f"---- {name}, sequence {index}: {len(ids)} tokens, {mask.sum()} trained ----"
+            print(f"\n\033[1m{printable(title)}\033[0m")
             edges = [0, *(np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist(), len(ids)]
             for begin, end in itertools.pairwise(edges):
-                text = tokenizer.decode(ids[begin:end])
+                text = printable(tokenizer.decode(ids[begin:end]))
                 print(f"\033[32m{text}\033[0m" if mask[begin] else text, end="")
     print()

@@ -26,7 +26,11 @@ from sft import system
 # ==== Constants ====
 
 NGRAM = 13  # words in a row shared with a question; 13 as in Brown et al. 2020 (GPT-3), appendix C
-BOILERPLATE = 10  # an n-gram in more questions of a task than this is a formula of its prompts
+# An n-gram is boilerplate, a formula of the prompts, if it is in the questions about more than BOILERPLATE different
+# texts and about more than BOILERPLATE_SHARE of the task's texts. A passage is one text, however many questions ask
+# about it; so a shared passage is compared, and a formula around different texts isn't.
+BOILERPLATE = 10
+BOILERPLATE_SHARE = 0.05
 COUNTS = ("questions", "ngrams", "too_short", "boilerplate")
 BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial over the words of an n-gram; odd, so no word is shifted out
 WITHOUT = '--decontaminate-against "" (contaminated scores may then look better than they are)'
@@ -101,8 +105,22 @@ class Overlap:
 # ==== The evaluation's questions ====
 
 
+def longest_text(data):
+    """Return the longest string in a question's data (nested dicts and lists): its passage, or the question itself."""
+    if isinstance(data, str):
+        return data
+    if isinstance(data, dict):
+        data = data.values()
+    elif not isinstance(data, list | tuple):
+        return ""
+    return max(map(longest_text, data), key=len, default="")
+
+
 def question_texts(task):
-    """Yield, for each question of lm_eval's `task`, the list of its texts: the question with each of its answers."""
+    """Yield, for each question of lm_eval's `task`, (the text that it is about, list of its texts).
+
+    Its texts are the question with each of its answers, as the model will see them.
+    """
     task.set_config("num_fewshot", 0)
     task.set_config("description", "")  # the same line before every question
     task.set_fewshot_seed(0)  # tasks written as a class draw even when they draw nothing
@@ -118,7 +136,7 @@ def question_texts(task):
                     answers = task.doc_to_choice(request.doc)[answers]
                 answers = (answers or [""]) if isinstance(answers, list) else [answers]
             texts += [f"{text} {answer}" for answer in answers]
-        yield texts
+        yield longest_text(request.doc) or texts[0], texts
     task._instances = None  # of a group's tasks, only one holds its requests
 
 
@@ -127,18 +145,25 @@ def task_ngrams(tasks, n, hash_of):
 
     hash_of: dict of word to hash, which gets the words that are new.
     """
-    per_question, too_short = [], 0
-    for texts in itertools.chain.from_iterable(map(question_texts, tasks)):
-        windows = [np.empty(0, np.uint64)]
-        for words in map(words_of, texts):
-            if len(words) >= n:
-                hash_of.update((word, word_hash(word)) for word in words if word not in hash_of)
-                windows.append(ngram_hashes(np.array([hash_of[word] for word in words], np.uint64), n))
-        too_short += len(windows) == 1
-        per_question.append(np.unique(np.concatenate(windows)))
-    ngrams, questions = np.unique(np.concatenate(per_question), return_counts=True)
-    kept = ngrams[questions <= BOILERPLATE]
-    return kept, (len(per_question), len(kept), too_short, len(ngrams) - len(kept))
+    everything, formulas, questions, too_short = [], [], 0, 0
+    for task in tasks:
+        windows_of = {}  # the text that questions are about: their n-grams
+        for about, texts in question_texts(task):
+            windows = windows_of.setdefault(about, [np.empty(0, np.uint64)])
+            before = len(windows)
+            for words in map(words_of, texts):
+                if len(words) >= n:
+                    hash_of.update((word, word_hash(word)) for word in words if word not in hash_of)
+                    windows.append(ngram_hashes(np.array([hash_of[word] for word in words], np.uint64), n))
+            questions += 1
+            too_short += len(windows) == before
+        per_text = [np.unique(np.concatenate(windows)) for windows in windows_of.values()]
+        ngrams, texts_with_it = np.unique(np.concatenate(per_text), return_counts=True)
+        everything.append(ngrams)
+        formulas.append(ngrams[texts_with_it > max(BOILERPLATE, BOILERPLATE_SHARE * len(per_text))])
+    boilerplate = np.unique(np.concatenate(formulas))
+    kept = np.setdiff1d(np.concatenate(everything), boilerplate)
+    return kept, (questions, len(kept), too_short, len(boilerplate))
 
 
 def save_ngrams(path, n, names, ngrams, counts, words):

@@ -4,7 +4,6 @@ Used by prepare_data.py.
 """
 
 import dataclasses
-import errno
 import glob
 import io
 import json
@@ -16,13 +15,13 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sft import system
-from sft.data import conversations
+from sft.data import conversations, hub
+from sft.text import one_line
 
 # ==== A mixture ====
 
@@ -54,6 +53,8 @@ class Source:
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name or not conversations.is_utf8(self.name):
             raise ValueError('it needs a "name" of valid text')
+        if self.name != one_line(self.name):
+            raise ValueError("its name must be one line of printable text, with single spaces")
         if (self.path is None) == (self.hub is None):
             raise ValueError('it needs either "path" or "hub"')
         for field in TEXT_FIELDS:
@@ -125,6 +126,8 @@ def check_patterns(patterns, name):
         if not isinstance(pattern, str) or not conversations.is_utf8(pattern):
             raise ValueError(f"{name} is {patterns!r}; it must be a list of regular expressions")
         try:
+            # Both, as workers.reject_identities compiles them: 'x)|(?P<b>y' is whole only inside the other's brackets.
+            pc.match_substring_regex(pa.array([""]), pattern, ignore_case=True)
             pc.extract_regex(pa.array([""]), f"(?i)(?P<match>{pattern})")  # refuses plain groups, too: write (?:...)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{name}: {pattern!r} isn't a valid RE2 expression ({error})") from None
@@ -305,8 +308,6 @@ def size_in_bytes(text):
 
 # ==== Where a source is ====
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk or the quota is full
-
 
 def find_source(source, folder):
     """Find the file or hub data of a Source without reading its rows; relative paths start from `folder`.
@@ -315,68 +316,31 @@ def find_source(source, folder):
     differs when the rows do, with the hub's commit, or None, under "revision").
     Raises: SystemExit if the file, the hub or a column is missing.
     """
-    if source.path is not None:
-        path = folder / source.path
-        if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-            raise SystemExit(f"{source.name}: no file {path}. Put it there or change the source's path.")
-        return find_file(source, path, revision=None)
-    if source.file is not None:  # as it lies on the hub: `datasets` would hold a JSON array of 2 GB in memory
-        path = Path(fetch(source, lambda: download_file(source)))
-        commit = path.parents[len(Path(source.file).parts) - 1].name
-        return find_file(source, path, commit)
-    rows = with_columns(source, fetch(source, lambda: load_hub(source)))
-    files = sorted(rows.info.download_checksums or ())
-    cache_files = [file["filename"] for file in rows.cache_files]
-    fingerprint = {"rows": len(rows), "files": files, "revision": commit_of(files, cache_files)}
+    file = source.path if source.hub is None else source.file
+    if file is not None and Path(file).suffix not in (".jsonl", ".json", ".parquet"):
+        raise SystemExit(f"{source.name}: {file} isn't a .jsonl, .json or .parquet file. Convert it to one of them.")
+    if source.hub is not None:
+        found, commit = hub.fetch(source)  # one file as it lies there: `datasets` would hold a JSON array in memory
+        fingerprint = {"revision": commit}
+    else:
+        found = folder / source.path
+        if not os.path.isfile(found):  # Path.is_file raises for a name that is too long
+            raise SystemExit(f"{source.name}: no file {found}. Put it there or change the source's path.")
+        fingerprint = {"bytes": found.stat().st_size, "modified": found.stat().st_mtime_ns, "revision": None}
+    if file is not None and found.suffix != ".parquet":
+        return lambda: open_json(source, found), fingerprint
+    rows = with_columns(source, found if file is None else read_file(source, found, load_parquet))
     return lambda: ArrowRows(rows), fingerprint
-
-
-def commit_of(addresses, cache_files):
-    """Return the commit (40 hex digits) of a data set that `datasets` loaded from the hub, or None if nothing shows it.
-
-    addresses: of its downloaded files, such as hf://datasets/OWNER/NAME@COMMIT/FILE; cache_files: paths of its Arrow
-    files, whose folder `datasets` calls after the commit.
-    """
-    for address in addresses:
-        match = re.search("@([0-9a-f]{40})/", address)
-        if match:
-            return match[1]
-    folder = Path(cache_files[0]).parent.name if cache_files else ""
-    return folder if re.fullmatch("[0-9a-f]{40}", folder) else None
-
-
-def find_file(source, path, revision):
-    """Return what find_source does for a file. revision: the hub's commit that it is from, or None."""
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        raise SystemExit(f"{source.name}: {path} isn't a .jsonl, .json or .parquet file. Convert it to one of them.")
-    fingerprint = {"bytes": path.stat().st_size, "modified": path.stat().st_mtime_ns, "revision": revision}
-    if path.suffix != ".parquet":
-        return lambda: open_json(source, path), fingerprint
-    rows = with_columns(source, fetch(source, lambda: load_parquet(path)))
-    return lambda: ArrowRows(rows), fingerprint
-
-
-def download_file(source):
-    """Return the path (str) of one file of a hub data set in the hub's cache."""
-    return huggingface_hub.hf_hub_download(
-        repo_id=source.hub, filename=source.file, revision=source.revision, repo_type="dataset"
-    )
-
-
-def load_hub(source):
-    """Return the `datasets.Dataset` of a hub source."""
-    split = source.split or "train"
-    return datasets.load_dataset(source.hub, name=source.config, split=split, revision=source.revision)
 
 
 def load_parquet(path):
-    """Return the `datasets.Dataset` of a local Parquet file."""
+    """Return the `datasets.Dataset` of a Parquet file."""
     return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
 
 
 def open_json(source, path):
     """Return the JsonRows of a file. Raises: SystemExit if it cannot be read or lacks a column to exclude by."""
-    rows = fetch(source, lambda: JsonRows(path))
+    rows = read_file(source, path, JsonRows)
     missing = set(source.exclude)  # rows may lack it, but not all of them
     for number in range(len(rows)):
         if not missing:
@@ -397,32 +361,19 @@ def with_columns(source, rows):
     for column in columns:
         if column not in rows.column_names:
             raise SystemExit(
-                f"{source.name}: {source.location} has no column {column}; it has {', '.join(rows.column_names)}. "
+                f"{source.name}: {source.location} has no column {column}; it has "
+                f"{one_line(', '.join(rows.column_names))}. "
                 "Correct the source's schema or exclude."
             )
     return rows.select_columns(columns)
 
 
-def fetch(source, load):
-    """Return load()'s result. Raises: SystemExit, with the source and the remedy, if it fails."""
+def read_file(source, path, read):
+    """Return read(path). Raises: SystemExit, with the source, the cause and the remedy, if it fails."""
     try:
-        return load()
-    except Exception as error:  # the hub client, `datasets` and pyarrow each raise their own
-        causes = [error]
-        while causes[-1].__cause__:
-            causes.append(causes[-1].__cause__)
-        full = next((cause for cause in causes if means_full(cause)), None)
-        if full:
-            problem = full
-            remedy = f"Free disk space: the hub's cache {huggingface_hub.constants.HF_HOME} (HF_HOME) takes a copy."
-        elif source.path is not None:
-            problem, remedy = causes[-1], "Check that the file is whole and that you may read it."
-        else:
-            problem, remedy = error, 'Check the network and the name, or download it and give its "path".'
-        message = f"{type(problem).__name__}: {str(problem)[:200]}"
-        raise SystemExit(f"{source.name}: {source.location} cannot be read ({message}). {remedy}") from None
-
-
-def means_full(error):
-    """Return whether an exception says that the disk is full."""
-    return getattr(error, "errno", None) in DISK_FULL or "enough disk space" in str(error)
+        return read(path)
+    except Exception as error:  # `datasets` and pyarrow each raise their own
+        remedy, problem, _ = hub.diagnose(error)
+    if source.hub is None and remedy is not hub.FREE_DISK:
+        remedy = "Check that the file is whole and that you may read it."
+    raise hub.refusal(source, problem, remedy)

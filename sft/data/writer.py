@@ -45,6 +45,42 @@ def finished_line(paths, inputs):
         return None
 
 
+class SequencesDigest:
+    """One SHA-256 over the lengths (int32), the ids and the masks of sequences, however they are cut into batches."""
+
+    def __init__(self):
+        self.hashes = [hashlib.sha256() for _ in range(3)]
+
+    def update(self, lengths, ids, mask):
+        """Add sequences that lie end to end. lengths: int32 [sequences]; ids, mask: [tokens]."""
+        for digest, column in zip(self.hashes, (lengths, ids, mask), strict=True):
+            digest.update(column)
+
+    def hexdigest(self):
+        return digest_of_digests(part.hexdigest() for part in self.hashes)
+
+
+def digest_of_digests(digests):
+    """Return the SHA-256 over digests in hexadecimal, in order: 64 hex digits."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def file_digest(path):
+    """Return what `SplitWriter.close` returned for the Arrow stream `path`. It holds one batch in memory at a time.
+
+    Raises: OSError or ValueError (pyarrow's) if it cannot be read.
+    """
+    digest = SequencesDigest()
+    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+        for batch in stream:
+            ids, masks = batch.column("input_ids"), batch.column("assistant_masks")
+            if not ids.offsets.equals(masks.offsets):
+                raise ValueError("a sequence has another number of ids than of mask values")
+            lengths = np.diff(ids.offsets.to_numpy()).astype(np.int32)
+            digest.update(lengths, ids.flatten().to_numpy(), masks.flatten().to_numpy(zero_copy_only=False))
+    return digest.hexdigest()
+
+
 class SplitWriter:
     """What one source gives to one split, on its way to the disk: an Arrow stream, its digest and its counts."""
 
@@ -58,7 +94,7 @@ class SplitWriter:
             }
         )
         self.stream = pa.ipc.new_stream(str(path), self.schema)
-        self.hashes = [hashlib.sha256() for _ in range(3)]  # of lengths, ids and mask
+        self.digest = SequencesDigest()
         self.counts = Counter(sequences=0, tokens=0, trainable_tokens=0)
         self.edges = np.linspace(0, max_seq_len, HISTOGRAM_BINS + 1)
         self.histogram = np.zeros(HISTOGRAM_BINS, np.int64)
@@ -72,18 +108,17 @@ class SplitWriter:
         table = pa.table([*lists, pa.array([self.source_name] * len(lengths))], schema=self.schema)
         for _ in range(self.repeat):
             self.stream.write_table(table)
-            for digest, column in zip(self.hashes, (lengths, ids, mask), strict=True):
-                digest.update(column)
+            self.digest.update(lengths, ids, mask)
         self.counts["sequences"] += len(lengths) * self.repeat
         self.counts["tokens"] += len(ids) * self.repeat
         self.counts["trainable_tokens"] += int(mask.sum()) * self.repeat
         self.histogram += np.histogram(lengths, self.edges)[0] * self.repeat
 
     def close(self):
-        """Put the stream on the disk; return the digest of lengths, ids and mask, 64 hex digits."""
+        """Put the stream on the disk; return the SequencesDigest of what it holds, 64 hex digits."""
         self.stream.close()
         system.durable(self.path)
-        return hashlib.sha256("".join(part.hexdigest() for part in self.hashes).encode()).hexdigest()
+        return self.digest.hexdigest()
 
 
 class SeenKeys:

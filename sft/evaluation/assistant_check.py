@@ -20,10 +20,10 @@ import datasets
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sft import hf_folder, settings, system
-from sft.evaluation import reading_check
+from sft.evaluation import eval_results, reading_check
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder written by prepare_data.py
@@ -88,7 +88,8 @@ def pick_prompts(rows, tokenizer, max_tokens, number):
         prompt = first_prompt(ids, mask, header)
         if len(prompt) <= max_tokens:
             prompts.append(prompt)
-    return prompts[:: math.ceil(len(prompts) / number) or 1]
+    number = min(number, len(prompts))
+    return [prompts[index * len(prompts) // number] for index in range(number)]
 
 
 # ==== Measuring ====
@@ -209,7 +210,7 @@ def table(before, after, rows):
         ended = [[int(ended) for _, ended in side["answers"]] for side in (before, after)]
         sound = [[int(sound) for sound in side["sound"]] for side in (before, after)]
         entries.append(entry("Answers that end by themselves", "share", *ended, ones))
-        entries.append(entry("Answers with sound <think>, or none", "share", *sound, ones))
+        entries.append(entry("Answers with a sound think block, or none", "share", *sound, ones))
     return entries
 
 
@@ -222,20 +223,21 @@ def notes(args, before, after, rows, tokenizer, passage):
         f"per token; the items are conversations of the validation split of `{args['DATA_DIR']}`, and pieces of "
         f"{TOKENS_PER_ITEM} tokens of {passage.name}.",
         f"{len(before['answers'])} first questions were answered, greedily, in at most {args['MAX_NEW_TOKENS']} "
-        f"tokens. <think> or its end is in {sum(before['marked'])} answers before, {sum(after['marked'])} after, and "
-        f"<think> in {in_data} of {len(rows)} held-out conversations.",
+        f"tokens. A think marker is in {sum(before['marked'])} answers before, {sum(after['marked'])} after, and in "
+        f"{in_data} of {len(rows)} held-out conversations.",
     ]
 
 
 def write_answers(path, prompts, before, after, tokenizer):
     """Write a line for each prompt with both models' answers, and whether they ended by themselves."""
-    with path.open("w", encoding="utf-8") as file:
-        for prompt, first, second in zip(prompts, before["answers"], after["answers"], strict=True):
-            line = {"prompt": tokenizer.decode(prompt)}
-            for name, (ids, ended) in (("before", first), ("after", second)):
-                line[name] = tokenizer.decode(ids)
-                line[f"{name}_ended"] = ended
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for prompt, first, second in zip(prompts, before["answers"], after["answers"], strict=True):
+        line = {"prompt": tokenizer.decode(prompt)}
+        for name, (ids, ended) in (("before", first), ("after", second)):
+            line[name] = tokenizer.decode(ids)
+            line[f"{name}_ended"] = ended
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    system.write_whole(path, "".join(lines))
 
 
 # ==== Main ====
@@ -259,22 +261,28 @@ def main(args):
     except (OSError, ValueError) as error:
         raise SystemExit(f"PLAIN_TEXT: {passage} cannot be read ({error}).") from None
     rows, tokenizer = load_rows(args["DATA_DIR"]), AutoTokenizer.from_pretrained(data_tokenizer)
-    context = AutoConfig.from_pretrained(args["EXPORT_DIR"]).max_position_embeddings
+    context = hf_folder.load_config(args["EXPORT_DIR"], "Run export_hf.py again.").max_position_embeddings
     prompts = pick_prompts(rows, tokenizer, context - args["MAX_NEW_TOKENS"], args["ANSWERS"])
+    folders = {"before": args["RESIZED_MODEL"], "after": args["EXPORT_DIR"]}
+    weights = {side: eval_results.weights_in(folder) for side, folder in folders.items()}
     sides = []
-    for folder in (args["RESIZED_MODEL"], args["EXPORT_DIR"]):
+    for folder in folders.values():
         print(f"{folder}: {len(rows)} held-out conversations, plain text, {len(prompts)} answers", flush=True)
         sides.append(measure(folder, rows, prompts, tokenizer, text, args))
     before, after = sides
     output = Path(args["RESULT_DIR"])
-    output.mkdir(parents=True, exist_ok=True)
-    write_answers(output / "answers.jsonl", prompts, before, after, tokenizer)
     check = {
         "settings": args,
+        "weights_sha256": weights,
         "notes": notes(args, before, after, rows, tokenizer, passage),
         "rows": table(before, after, rows),
     }
-    system.write_whole(output / "assistant.json", json.dumps(check, indent=1) + "\n")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_answers(output / "answers.jsonl", prompts, before, after, tokenizer)
+        system.write_whole(output / "assistant.json", json.dumps(check, indent=1) + "\n")
+    except OSError as error:
+        raise SystemExit(f"{output} cannot be written ({error}). Free disk space, or name another folder.") from None
 
 
 if __name__ == "__main__":

@@ -2,27 +2,33 @@
 
 Reads two folders written by `run_eval.sh`: lm_eval's results JSON and its logged samples, `run.json`, and the built-in
 check's `assistant.json`. If the folders of the chat pass, `BEFORE-chat` and `AFTER-chat`, are both there, it compares
-them too, in a table of their own. Writes to EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`,
-`comparison.png`, and `flips.jsonl`: every question that one model answers correctly and the other does not.
+them too, in a table of their own; it refuses a chat pass or a check of other weights than AFTER's. Writes to
+EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`, `comparison.png`, and `flips.jsonl`: every question
+that one model answers correctly and the other does not.
 
     bash run_eval.sh compare            eval-results/before against eval-results/after
     bash run_eval.sh compare seed43     and how far the same recipe moves with its seed
     python -m sft.evaluation.compare_evals --after eval-results/other    against another run
 
 How a difference is judged. Both models answered the same questions, so the difference is taken question by question;
-its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest. The
-95% interval is the difference +- 1.96 standard errors. The p-value comes from the exact sign test over the questions
-that flipped (right/wrong metrics), or from the paired t-test (perplexity, loss). The verdict is "better" or "worse"
+its standard error is that of the mean of these paired differences, smaller than the two models' own errors suggest.
+Where questions have weights (a conversation counts by its tokens), it is the leave-one-out error. The 95% interval is
+the difference +- Student's quantile times that error. The p-value comes from the exact sign test over the questions
+that flipped (right/wrong metrics, McNemar), or from the paired t-test (perplexity, loss, unequal weights); its degrees
+of freedom are those of the effective number of questions, (sum w)^2 / sum w^2. The verdict is "better" or "worse"
 where p passes Holm's correction for all rows of its table at FAMILY_ERROR, else "no difference seen". Perplexity is
 compared as its logarithm, the mean negative log-likelihood of the target. The score of a group such as MMLU is the mean
 over all its questions, as in lm_eval. Chance follows from the number of choices of each question.
 """
 
+import contextlib
+import io
 import json
 import math
+from hashlib import sha256
 from pathlib import Path
 
-from sft import settings
+from sft import settings, system, text
 from sft.evaluation import eval_results
 
 # ---- Paths ----
@@ -34,7 +40,7 @@ EVAL_RESULTS = "eval-results"  # folder for comparison.md, .json, .png and flips
 # ==== Constants ====
 
 FAMILY_ERROR = 0.05  # how often at most a table without any real change shows a "better" or "worse"
-INTERVAL = 1.96  # standard errors on both sides of a value: 95% of a normal distribution
+INTERVAL = 1.96  # standard errors on both sides of a single score in the chart; differences have Student's quantile
 # The published baseline's rows: lm_eval task, label, metric. Other tasks show all metrics.
 KNOWN_ROWS = (
     ("arc_challenge", "ARC-Challenge", "acc_norm"),
@@ -66,41 +72,55 @@ COLUMNS = (
 GUESSED_METRICS = ("acc", "acc_norm", "acc_bytes")  # have a chance level, in tasks of multiple choice
 NUMBERS = [(int, float)]
 # The shape of assistant.json, see eval_results.RESULTS.
-ASSISTANT = {"rows": [{"label": str, "metric": str, "before": NUMBERS, "after": NUMBERS, "weights": NUMBERS}]}
+ASSISTANT = {
+    "rows": [{"label": str, "metric": str, "before": NUMBERS, "after": NUMBERS, "weights": NUMBERS}],
+    "notes": [str],
+    "weights_sha256": {"before": {"*": str}, "after": {"*": str}},
+}
+CHAT_TITLE = "lm_eval through the chat template"
 
 # ==== Statistics ====
 
 
 def mean_and_stderr(numbers, weights):
-    """Return the weighted mean of a list of numbers, one per question, and its standard error (None for one number)."""
+    """Return the weighted mean of a list of numbers, one per question, and its standard error (None for one number).
+
+    The error is the leave-one-out (jackknife) error: a heavy question pulls the mean to itself, so its own distance
+    from the mean says too little. With equal weights it is the usual standard error of a mean.
+    """
     n = len(numbers)
     total = math.fsum(weights)
     mean = math.fsum(w * x for x, w in zip(numbers, weights, strict=True)) / total
     if n == 1:
         return mean, None
-    squares = math.fsum((w * (x - mean)) ** 2 for x, w in zip(numbers, weights, strict=True))
-    return mean, math.sqrt(squares * n / (n - 1)) / total
+    squares = math.fsum((w * (x - mean) / (total - w)) ** 2 for x, w in zip(numbers, weights, strict=True))
+    return mean, math.sqrt(squares * (n - 1) / n)
 
 
 def paired_difference(first, second, weights):
     """Compare two equally long lists of at least two numbers, one pair per question; right/wrong scores are 0 and 1.
 
     Returns: dict of difference (mean of second - first), stderr, interval [low, high], p (of "no difference"), ups and
-    downs (how many numbers rose and fell). The sign test of right/wrong scores counts questions and ignores `weights`.
+    downs (how many numbers rose and fell). The sign test counts questions, so it is only for equal weights, or where
+    all questions changed alike.
     """
-    from scipy.stats import binomtest, t  # takes half a second; imported only after the checks
+    from scipy import special, stats  # takes half a second; imported only after the checks
 
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     ups = sum(gap > 0 for gap in gaps)
     downs = sum(gap < 0 for gap in gaps)
     mean, stderr = mean_and_stderr(gaps, weights)
-    if set(first) | set(second) <= {0, 1}:  # McNemar's exact test
-        p = float(binomtest(ups, ups + downs).pvalue) if ups + downs else 1.0
-    elif stderr > 0:
-        p = 2 * float(t.sf(abs(mean) / stderr, len(gaps) - 1))
-    else:
+    effective = math.fsum(weights) ** 2 / math.fsum(w * w for w in weights)  # Kish's effective sample size
+    if ups + downs == 0:
         p = 1.0
-    interval = [mean - INTERVAL * stderr, mean + INTERVAL * stderr]
+    elif set(first) | set(second) <= {0, 1} and (len(set(weights)) == 1 or stderr == 0):  # McNemar's exact test
+        p = float(stats.binomtest(ups, ups + downs).pvalue)
+    elif stderr == 0:  # the same change in every question
+        p = 0.0
+    else:
+        p = 2 * float(special.stdtr(effective - 1, -abs(mean) / stderr))
+    half = float(special.stdtrit(effective - 1, 0.975)) * stderr
+    interval = [mean - half, mean + half]
     return {"difference": mean, "stderr": stderr, "interval": interval, "p": p, "ups": ups, "downs": downs}
 
 
@@ -152,16 +172,20 @@ def metric_keys(run, task):
 
 
 def guess_rate(pairs, run, metric):
-    """Return the accuracy of random guessing, mean of 1 / number of choices; None for anything but multiple choice."""
+    """Return the accuracy of random guessing, mean of 1 / number of choices; None for anything but multiple choice.
+
+    For the metric acc_mutual_info, lm_eval asks for each choice a second time without the question.
+    """
     if not pairs or metric not in GUESSED_METRICS:
         return None
     rates = []
     for task, sample, _ in pairs:
-        choices = sample.get("arguments")
-        is_choice = run["configs"].get(task, {}).get("output_type") == "multiple_choice"
+        choices, config = sample.get("arguments"), run["configs"].get(task, {})
+        is_choice = config.get("output_type") == "multiple_choice"
         if not is_choice or not isinstance(choices, list | dict) or not choices:
             return None
-        rates.append(1 / len(choices))
+        twice = any(one.get("metric") == "acc_mutual_info" for one in config.get("metric_list") or ())
+        rates.append((2 if twice else 1) / len(choices))
     return math.fsum(rates) / len(rates)
 
 
@@ -245,14 +269,14 @@ def compare_tasks(before, after):
     Returns: list of rows (see `compare_row`, and `verdict`), list of flipped questions as dicts, each question once.
     """
     cache, rows, flips = {}, [], []
+    recorded = {}  # {(task, metric): the row that recorded its flips}; a group's questions are those of its tasks
     for planned in plan_rows(before):
         row, flipped = compare_row(before, after, planned, cache)
         rows.append(row)
-        is_task = eval_results.leaves(before, row["task"]) == [row["task"]]
-        if not is_task and row["task"] != "mmlu":
-            continue  # the questions of a group are those of its tasks
         metric = row["metric"].partition(" ")[0]
         for task, first, second in flipped:
+            if recorded.setdefault((task, row["metric"]), row["task"]) != row["task"]:
+                continue
             flips.append(
                 {
                     "task": task,
@@ -269,21 +293,23 @@ def compare_tasks(before, after):
 # ==== The rows of the built-in check ====
 
 
-def assistant_rows(folder):
-    """Return (rows, notes) of the built-in check that was written into a run's folder, ([], []) if there is none.
+def assistant_part(path, after, weights):
+    """Return the part (see `compare_part`) of the built-in check in the file `path`, which belongs to the run `after`.
 
-    Each of its entries has a number for each item before and after, and the items' weights.
+    Each of its entries has a number for each item before and after, and the items' weights. weights: {file name:
+    SHA-256} of what `after` measured. Raises: SystemExit if the check measured another model.
     """
-    path = Path(folder) / "assistant.json"
-    if not path.exists():
-        return [], []
     check = eval_results.read_json(path, ASSISTANT)
+    again = f"Run it again: python -m sft.evaluation.assistant_check --result-dir {after}, with the folders' flags."
+    if missing := [key for key in ASSISTANT if key not in check]:
+        raise SystemExit(f"{path} has no {', '.join(missing)}. {again}")
+    check_same_weights(check["weights_sha256"]["after"], weights, path, after, again)
     rows = []
     for entry in check["rows"]:
         first, second, weights = entry["before"], entry["after"], entry["weights"]
         same_length = len(first) == len(second) == len(weights) > 0
-        if not same_length or not all(map(eval_results.finite, first + second + weights)):
-            raise SystemExit(f"{path}: the numbers of {entry['label']} are not pairs. Run assistant_check.py again.")
+        if not same_length or not all(map(eval_results.finite, first + second + weights)) or min(weights) <= 0:
+            raise SystemExit(f"{path}: the numbers of {text.one_line(entry['label'])} are not pairs. {again}")
         row = {
             "label": entry["label"],
             "task": entry["label"],
@@ -299,27 +325,68 @@ def assistant_rows(folder):
             row[side] = {"value": value, "stderr": stderr}
         rows.append(row)
     give_verdicts(rows)
-    return rows, check["notes"]
+    return {
+        "title": "Is it a better assistant?",
+        "rows": rows,
+        "notes": check["notes"],
+        "how": "",
+        "limit": None,
+        "weights": check["weights_sha256"],
+    }
 
 
 # ==== The parts of the report ====
 
 
-def compare_part(title, before_folder, after_folder):
-    """Compare two run folders. Returns: (dict of title, rows, notes, limit and how it was measured; flips)."""
+def check_same_weights(weights, expected, path, run, remedy):
+    """Raise SystemExit, ending with `remedy`, unless `path` measured the same weights as the folder `run`."""
+    if weights != expected:
+        different = "; ".join(system.differences(expected, weights, f"in {run}", "here"))
+        raise SystemExit(f"{path} measured other weights than {run} ({different}). {remedy}")
+
+
+def code(words):
+    """Return `words` as one line in Markdown's code span."""
+    return "`" + text.one_line(str(words)).replace("`", "'") + "`"
+
+
+def compare_part(before_folder, after_folder):
+    """Compare two run folders.
+
+    Returns: (dict of title, rows, notes, limit, how it was measured, and the weights' digests of both sides; flips).
+    """
     before, after = eval_results.read_run(before_folder), eval_results.read_run(after_folder)
     notes = eval_results.check_comparable(before, after)
     rows, flips = compare_tasks(before, after)
     config = before["config"]
-    template = "with" if before.get("chat_template_sha") else "without"
+    templated = bool(before.get("chat_template_sha"))
+    measured = f"lm_eval {before['lm_eval_version']}, {config.get('model_dtype')}, "
+    measured += f"batch size {config.get('batch_size')}"
     how = (
-        f"`{before.get('model_name')}` against `{after.get('model_name')}`; lm_eval {before['lm_eval_version']}, "
-        f"{config.get('model_dtype')}, batch size {config.get('batch_size')}, {template} chat template."
+        f"{code(before.get('model_name'))} against {code(after.get('model_name'))}; {text.table_cell(measured)}, "
+        f"{'with' if templated else 'without'} chat template."
     )
     limit = config.get("limit")
     if limit and eval_results.finite(limit):
         limit = f"{limit:g}"
-    return {"title": title, "rows": rows, "notes": notes, "how": how, "limit": limit}, flips
+    part = {"title": CHAT_TITLE if templated else "lm_eval", "rows": rows, "notes": notes, "how": how, "limit": limit}
+    part["weights"] = {"before": eval_results.weights_of(before), "after": eval_results.weights_of(after)}
+    return part, [{"part": part["title"], **flip} for flip in flips]
+
+
+def compare_chat_pass(before, after, weights):
+    """Do what `compare_part` does with the chat pass of the runs `before` and `after` (folders).
+
+    weights: {file name: SHA-256} of what `after` measured. Raises: SystemExit if the chat pass is not one of the same
+    model.
+    """
+    first, second = f"{before}-chat", f"{after}-chat"
+    part, flips = compare_part(first, second)
+    again = "Move it away and measure it again with CHAT_TEMPLATE=1 bash run_eval.sh"
+    if part["title"] != CHAT_TITLE:
+        raise SystemExit(f"{first} and {second} were measured without the chat template. {again}.")
+    check_same_weights(part["weights"]["after"], weights, second, after, f"{again} {Path(after).name}.")
+    return part, flips
 
 
 def compare_folders(before, after):
@@ -327,18 +394,20 @@ def compare_folders(before, after):
 
     Returns: (list of parts, as of `compare_part`; flipped questions).
     """
-    pairs = [("lm_eval", before, after)]
-    chat_before, chat_after = f"{before}-chat", f"{after}-chat"
-    if Path(chat_before).is_dir() and Path(chat_after).is_dir():
-        pairs.append(("lm_eval through the chat template", chat_before, chat_after))
-    parts, flips = [], []
-    for title, first, second in pairs:
-        part, flipped = compare_part(title, first, second)
-        parts.append(part)
-        flips += [{"part": title, **flip} for flip in flipped]
-    rows, notes = assistant_rows(after)
-    if rows:
-        parts.append({"title": "Is it a better assistant?", "rows": rows, "notes": notes, "how": "", "limit": None})
+    part, flips = compare_part(before, after)
+    parts, weights = [part], part["weights"]["after"]
+    if Path(f"{before}-chat").is_dir() and Path(f"{after}-chat").is_dir():
+        chat, chat_flips = compare_chat_pass(before, after, weights)
+        parts.append(chat)
+        flips += chat_flips
+    path = Path(after) / "assistant.json"
+    if path.exists():
+        check = assistant_part(path, after, weights)
+        if len(parts) > 1:
+            remedy = "Measure both with the same RESIZED_MODEL."
+            first = parts[1]["weights"]["before"]
+            check_same_weights(check["weights"]["before"], first, f"{path}, its before,", f"{before}-chat", remedy)
+        parts.append(check)
     return parts, flips
 
 
@@ -388,7 +457,7 @@ def table(rows, limit):
     head = [f"Task (LIMIT={limit})" if limit else "Task", *COLUMNS[1:]]
     lines = [head]
     for row in rows:
-        cells = [row["label"], row["metric"], f"{row['questions']:,}"]
+        cells = [text.table_cell(row["label"]), text.table_cell(row["metric"]), f"{row['questions']:,}"]
         cells.append("-" if row["chance"] is None else f"{row['chance']:.2f}")
         for side in ("before", "after"):
             value, stderr = row[side]["value"], row[side]["stderr"]
@@ -413,12 +482,12 @@ def seeds_table(names, seeds):
     by_row = []
     for parts in seeds:
         by_row.append({(part["title"], row["label"], row["metric"]): row for part in parts for row in part["rows"]})
-    lines = [["Task", "Metric", *names, "Verdicts"]]
+    lines = [["Task", "Metric", *map(text.table_cell, names), "Verdicts"]]
     for key in by_row[0]:
         rows = [table[key] for table in by_row if key in table]
         if len(rows) == len(seeds):
             verdicts = dict.fromkeys(row["verdict"] for row in rows)
-            lines.append([*key[1:], *map(difference, rows), ", ".join(verdicts)])
+            lines.append([*map(text.table_cell, key[1:]), *map(difference, rows), ", ".join(verdicts)])
     return aligned(lines)
 
 
@@ -439,24 +508,26 @@ def markdown(parts, names, others):
             page += [f"**A quick look (LIMIT={part['limit']}): only a part of each task was measured.**", ""]
         page += [*table(part["rows"], part["limit"]), ""]
         for note in part["notes"]:
-            page.append(f"Note: {note}\n")
+            page.append(f"Note: {text.one_line(note).replace('<', '&lt;')}\n")
     if others:
         page += ["## Other seeds", "", "The same recipe with other seeds: each run's difference to before.", ""]
         page += [*seeds_table(names, [parts, *others]), ""]
     page.append(
         "Before, After: score ± its own standard error (SE); above chance: by more than two of those. Difference: "
-        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. Verdict: "
+        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. 95% "
+        "interval: the difference ± Student's quantile times its SE. Verdict: "
         "corrected over all rows of its table (Holm): without any real change at most "
         f"{FAMILY_ERROR:.0%} of such tables show 'better' or 'worse'."
     )
     return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
 
 
-def chart(parts, path):
-    """Draw every score between 0 and 1 before and after, with its 95% interval and the chance line, as a PNG."""
+def chart(parts):
+    """Return a PNG (bytes) of every score between 0 and 1 before and after, its 95% interval and the chance line."""
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a label with two $ is no formula
     from matplotlib import pyplot
 
     rows = []
@@ -474,34 +545,69 @@ def chart(parts, path):
     bottoms = [index - 0.4 for index, _ in chances]
     tops = [index + 0.4 for index, _ in chances]
     axes.vlines([chance for _, chance in chances], bottoms, tops, "tab:red", label="chance")
-    axes.set_yticks(range(len(rows)), [f"{row['label']} ({row['metric']})" for row in rows])
+    axes.set_yticks(range(len(rows)), [text.one_line(f"{row['label']} ({row['metric']})") for row in rows])
     axes.invert_yaxis()
     limits = {f"LIMIT={part['limit']}" for part in parts if part["limit"]}
     axes.set_xlabel(", ".join(["score, with 95% interval", *limits]))
     axes.legend()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
     pyplot.close(figure)
+    return image.getvalue()
 
 
 # ==== Main ====
 
 
+def write_report(folder, files):
+    """Replace files in `folder`, all or none. files: {name: bytes}.
+
+    Raises: SystemExit if the disk is full or read-only; the earlier files are then unchanged.
+    """
+    paths = [folder / name for name in files]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, content in zip(paths, files.values(), strict=True):
+            staging = system.unfinished(path)
+            staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to another file
+            with staging.open("xb") as file:
+                file.write(content)
+            system.durable(staging)
+        for path in paths:
+            system.unfinished(path).replace(path)
+    except OSError as error:
+        for path in paths:
+            with contextlib.suppress(OSError):
+                system.unfinished(path).unlink()
+        raise SystemExit(
+            f"The comparison cannot be written to {folder} ({error}). Free disk space, or name another --eval-results; "
+            "the runs are unchanged, the same command works again."
+        ) from None
+
+
 def main(args):
     """Write and print the comparison as the settings `args` (dict) say."""
-    parts, flips = compare_folders(args["BEFORE"], args["AFTER"])
-    others = [compare_folders(args["BEFORE"], folder)[0] for folder in args["OTHER_SEEDS"]]
-    names = [Path(folder).name for folder in (args["AFTER"], *args["OTHER_SEEDS"])]
+    try:
+        parts, flips = compare_folders(args["BEFORE"], args["AFTER"])
+        others = [compare_folders(args["BEFORE"], folder)[0] for folder in args["OTHER_SEEDS"]]
+    except SystemExit as error:
+        raise SystemExit(text.printable(str(error))) from None  # it may name a task of others
+    folders = [args["AFTER"], *args["OTHER_SEEDS"]]
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
     page = markdown(parts, names, others)
-    comparison = {"settings": args, "parts": parts, "other_seeds": dict(zip(names[1:], others, strict=True))}
-    output = Path(args["EVAL_RESULTS"])
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "comparison.md").write_text(page, encoding="utf-8")
-    (output / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
-    with (output / "flips.jsonl").open("w", encoding="utf-8") as file:
-        for flip in flips:
-            file.write(json.dumps(flip, ensure_ascii=False) + "\n")
-    chart(parts, output / "comparison.png")
-    print(page)
+    flip_lines = "".join(json.dumps(flip) + "\n" for flip in flips)
+    files = {"comparison.md": page.encode(), "comparison.png": chart(parts), "flips.jsonl": flip_lines.encode()}
+    comparison = {
+        "settings": args,
+        "parts": parts,
+        "other_seeds": dict(zip(folders[1:], others, strict=True)),
+        "files_sha256": {name: sha256(content).hexdigest() for name, content in files.items()},  # for the model card
+    }
+    files["comparison.json"] = (json.dumps(comparison, indent=2) + "\n").encode()
+    write_report(Path(args["EVAL_RESULTS"]), files)
+    print(text.printable(page))
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def must_match(run):
     values = {"tasks": ", ".join(sorted(run["results"])), **conditions(run)}
     if "adds_bos" in run["record"]:
         values["BOS put before each prompt"] = run["record"]["adds_bos"]
+    if "ids_sha256" in run["record"]:
+        values["digest of the token ids of a text"] = run["record"]["ids_sha256"]
     # The task hash covers every question, prompt and target, so also few-shot examples and templates.
     for name, key in (("version", "versions"), ("few-shot", "n-shot"), ("hash of the prompts", "task_hashes")):
         for task, value in run[key].items():
@@ -201,6 +203,11 @@ def weights_of(run):
     """Return {file name: SHA-256} of the weights that a run measured, {} if it doesn't say."""
     files = run["record"].get("files_sha256", {})
     return {name: digest for name, digest in files.items() if name.endswith(".safetensors")}
+
+
+def weights_in(folder):
+    """Return {file name: SHA-256} of the weights in the model folder `folder`."""
+    return {path.name: system.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
 
 
 def check_comparable(before, after):

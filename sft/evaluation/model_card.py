@@ -5,10 +5,10 @@ file and the evaluation's results; run_eval.sh calls it again when the results a
 """
 
 import json
-import shutil
 from pathlib import Path
 
-from sft import system
+from sft import system, text
+from sft.evaluation import eval_results
 
 # ==== Constants ====
 
@@ -75,11 +75,12 @@ def read_losses(checkpoint_dir, step):
     path = checkpoint_dir / "metrics.jsonl"
     if not path.is_file():
         return losses
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not text.endswith("\n"):
-            break  # a kill cut the last line off
-        line = json.loads(text)
-        if line["step"] > step:
+    for entry in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            line = json.loads(entry) if entry.endswith("\n") else None  # None: a kill cut the last line off
+        except ValueError:  # zeros, where the power failed before the file was on the disk
+            continue
+        if line is None or line["step"] > step:
             continue
         if line.get("loss") is not None:
             losses["last_training"] = line["loss"]
@@ -131,27 +132,31 @@ def read_sources(report):
 # ==== The card ====
 
 
-def evaluation_section(folder, eval_results):
-    """Return the lines of the comparison in `eval_results`, and copy its chart; no lines if it measured other weights.
+def why_not_shown(folder, results):
+    """Return why the comparison in the folder `results` is not one of the export `folder`, a phrase, or None if it is.
 
-    `eval_results` holds the run "after" and comparison.md, both written by run_eval.sh.
+    compare_evals.py writes the digests of the weights, of its page and of its chart into comparison.json.
     """
-    results = Path(eval_results)
-    page, record = results / "comparison.md", results / "after" / "run.json"
-    if not page.is_file() or not record.is_file():
-        return []
-    measured = system.read_json(record, "run_eval.sh").get("files_sha256", {})
-    for path in folder.glob("*.safetensors"):
-        if measured.get(path.name) != system.sha256(path):
-            return []
+    record = results / "comparison.json"
+    if not record.is_file():
+        return f"there is no {record}"
+    comparison = system.read_json(record, "run_eval.sh compare")
+    for name in ("comparison.md", "comparison.png"):
+        path, digest = results / name, comparison.get("files_sha256", {}).get(name)
+        if not path.is_file() or system.sha256(path) != digest:
+            return f"{path} is not the one that {record} was written with"
+    if comparison["parts"][0]["weights"]["after"] != eval_results.weights_in(folder):
+        return f"{record} is about other weights than those in {folder}"
+    return None
+
+
+def evaluation_section(folder, results):
+    """Return the lines of the comparison in the folder `results`, and copy its chart."""
     lines = ["## Before and after", ""]
-    for line in page.read_text(encoding="utf-8").splitlines()[1:]:
+    for line in (results / "comparison.md").read_text(encoding="utf-8").splitlines()[1:]:
         lines.append("#" + line if line.startswith("#") else line)  # one level below the card's own headings
-    lines.append("")
-    if (results / "comparison.png").is_file():
-        shutil.copyfile(results / "comparison.png", folder / "comparison.png")
-        lines += ["![Before and after, by task](comparison.png)", ""]
-    return lines
+    system.write_whole(folder / "comparison.png", (results / "comparison.png").read_bytes())
+    return [*lines, "", "![Before and after, by task](comparison.png)", ""]
 
 
 def data_section(data):
@@ -160,7 +165,8 @@ def data_section(data):
         return []
     lines = ["## Data", "", data["table"], "| source | from | licence |", "|---|---|---|"]
     for source in data["sources"]:
-        lines.append(f"| {source['name']} | {source['origin']} | {source['licence']} |")
+        cells = (text.table_cell(source[column]) for column in ("name", "origin", "licence"))
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -180,17 +186,18 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
-def write(folder, eval_results=None):
+def write(folder, results=None):
     """Write README.md, and the pictures it shows, into the export `folder`.
 
-    It reads training.json there, and the evaluation in the folder `eval_results` (None: there is none yet) if that
-    measured these weights.
+    It reads training.json there, and the comparison in the folder `results` (None: there is none yet) if that is one
+    of these weights. Returns: why the card has no comparison, a phrase, or None if it has.
     """
     folder = Path(folder)
     training = system.read_json(folder / TRAINING, "export_hf.py")
     curve = Path(training["checkpoint_dir"]) / "loss.png"
     if curve.is_file() and not (folder / "loss.png").exists():  # once: the run may go on after the export
-        shutil.copyfile(curve, folder / "loss.png")
+        system.write_whole(folder / "loss.png", curve.read_bytes())
+    missing = why_not_shown(folder, Path(results)) if results else "it is not measured yet"
     state = training["state"]
     lines = [
         "---",
@@ -202,10 +209,11 @@ def write(folder, eval_results=None):
         f"{training['parameters']:,} parameters, {training['dtype']}; from `{state['settings']['RESIZED_MODEL']}`, "
         f"checkpoint `{training['checkpoint']}` ({state['updates']:,} optimizer steps).",
         "",
-        *(evaluation_section(folder, eval_results) if eval_results else []),
+        *([] if missing else evaluation_section(folder, Path(results))),
         *data_section(training["data"]),
         *recipe_section(training),
     ]
     if (folder / "loss.png").is_file():
         lines += ["![Loss by optimizer step](loss.png)", ""]
     system.write_whole(folder / "README.md", "\n".join([*lines, CHAT]))
+    return missing

@@ -8,6 +8,7 @@ run_eval.sh passes all its settings in the environment, and between `start` and 
 `start` tells it what to do in two lists in the folder of the unfinished run (STAGING): `devices` and `todo`.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -34,6 +35,10 @@ SETTING_PATTERNS = {
     "TASKS": r"\w[\w.-]*(,\w[\w.-]*)*",
 }
 RECORDED = ("INCLUDE_PATH", "FEWSHOT", "LIMIT", "CHAT_TEMPLATE", "DTYPE", "BATCH_SIZE", "SEEDS", "MODEL_ARGS")
+# Model arguments that say which model is measured: run.json holds the folder and the digests of its files instead.
+NOT_IN_MODEL_ARGS = ("pretrained", "tokenizer", "peft", "delta", "gguf_file", "revision", "subfolder", "dtype")
+# Text that tokenizers split differently; it follows reading_check's passage.
+SPLIT_DIFFERENTLY = "\n\n I'LL pay 1234567 dollars, won't I?\r\n\n\tx = {'a': [10, 20]}\n   Straße, 你好, 🙂\n"
 PACKAGES = ("lm_eval", "torch", "transformers", "tokenizers", "datasets")
 # Only `start` needs torch and transformers. They take seconds to import, so the functions that use them do that.
 
@@ -50,6 +55,12 @@ def check_settings(args):
     for setting, pattern in SETTING_PATTERNS.items():
         if not re.fullmatch(pattern, args[setting]):
             refuse(f"{setting}={args[setting]} is not valid; see the comment next to {setting} in run_eval.sh.")
+    names = [pair.partition("=")[0].strip() for pair in args["MODEL_ARGS"].split(",")]
+    if decided := [name for name in names if name in NOT_IN_MODEL_ARGS]:
+        refuse(
+            f"MODEL_ARGS sets {', '.join(decided)}, so run.json would describe another model than the measured one. "
+            "Name the model's folder (BASE_MODEL, EXPORT_DIR or MODEL_DIR) and its DTYPE instead."
+        )
     if args["INCLUDE_PATH"] and not Path(args["INCLUDE_PATH"]).is_dir():
         refuse(f"no folder {args['INCLUDE_PATH']} (INCLUDE_PATH).")
 
@@ -104,12 +115,39 @@ def check_ifeval():
         )
 
 
+def digest_of_ids(model, tokenizer):
+    """Return the SHA-256 of the ids that lm_eval will make of a text; exit if training makes others of it.
+
+    model: Path; tokenizer: its HF tokenizer. lm_eval loads it by the class that tokenizer_config.json names, which may
+    replace parts of tokenizer.json (GPT2Tokenizer its pre-tokenizer). Training takes tokenizer.json as it is.
+    """
+    from sft import hf_folder
+    from sft.evaluation import reading_check
+
+    text = reading_check.PASSAGE.read_text(encoding="utf-8") + SPLIT_DIFFERENTLY
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if (model / "tokenizer.json").is_file():
+        backend = hf_folder.load_tokenizer(model)
+        backend.no_truncation()
+        backend.no_padding()
+        trained = backend.encode(text, add_special_tokens=False).ids
+        if ids != trained:
+            refuse(
+                f"{model}: the class in its tokenizer_config.json ({type(tokenizer).__name__}) makes {len(ids)} ids of "
+                f"a text, its tokenizer.json {len(trained)} others. Training uses tokenizer.json: set tokenizer_class "
+                "to PreTrainedTokenizerFast in tokenizer_config.json, so that before and after get the same ids."
+            )
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
 def describe_model(model, args):
     """Return what run.json holds of the model folder, the settings and the versions; exit if the folder is not whole.
 
     model: Path.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from sft import hf_folder
 
     for file in ("config.json", "tokenizer_config.json"):
         if not (model / file).is_file():
@@ -119,10 +157,11 @@ def describe_model(model, args):
             )
     if not any(model.glob("*.safetensors")):
         refuse(f"no *.safetensors in the model folder {model}: its weights are missing.")
+    config = hf_folder.load_config(model, "Write the folder again with the script that made it.")
     try:
-        config, tokenizer = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers each raise their own
-        refuse(f"the config or tokenizer in {model} does not load: {error}")
+        refuse(f"the tokenizer in {model} does not load: {error}")
     if len(tokenizer) > config.vocab_size:
         refuse(
             f"the tokenizer in {model} has {len(tokenizer):,} tokens, but the model {config.vocab_size:,} rows. Write "
@@ -136,6 +175,7 @@ def describe_model(model, args):
         "model": str(model),
         "files_sha256": {path.name: system.sha256(path) for path in files},
         "adds_bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id],  # lm_eval does as the tokenizer does
+        "ids_sha256": digest_of_ids(model, tokenizer),
         "settings": {name: args[name] for name in RECORDED},
         "versions": {"python": platform.python_version(), **versions},
     }
@@ -205,6 +245,11 @@ def check_all(args):
     transformers.utils.logging.disable_progress_bar()
     staging, model = Path(args["STAGING"]), Path(args["MODEL"])
     result = staging.parent / args["NAME"]
+    if result.is_symlink() or result.is_mount():
+        refuse(
+            f"{result} is a link or a mount point; finished results are renamed to it, which cannot replace it. Remove "
+            "it, and make EVAL_RESULTS the link or mount point instead."
+        )
     if result.is_dir() and any(result.iterdir()):
         refuse(
             f"{result} already holds results. Move them away first (mv {result} {result}-old) or choose another name."
@@ -279,6 +324,7 @@ def finish(args):
     if result.is_dir():
         result.rmdir()
     staging.rename(result)
+    (result / system.LOCK).unlink(missing_ok=True)  # run_eval.sh's, after the rename: it holds until then
     print(f"run_eval.sh: results in {result}", flush=True)
     base_name = name.removesuffix("-chat")
     before, other = pair_to_compare(args, base_name)
@@ -316,8 +362,9 @@ def compare(args, seeds):
     compare_evals.main(comparison)
     export_dir = Path(args["EXPORT_DIR"])
     if (export_dir / model_card.TRAINING).is_file():
-        model_card.write(export_dir, args["EVAL_RESULTS"])
-        print(f"run_eval.sh: the model card {export_dir / 'README.md'} is up to date")
+        missing = model_card.write(export_dir, args["EVAL_RESULTS"])
+        without = f", without the comparison: {missing}" if missing else ""
+        print(f"run_eval.sh: the model card {export_dir / 'README.md'} is up to date{without}")
 
 
 # ==== Main ====
@@ -325,12 +372,15 @@ def compare(args, seeds):
 
 def main(args, command, *names):
     """Run one of the three commands. args: dict of run_eval.sh's settings; names: of `compare`."""
-    if command == "start":
-        start(args)
-    elif command == "finish":
-        finish(args)
-    else:
-        compare(args, names)
+    try:
+        if command == "start":
+            start(args)
+        elif command == "finish":
+            finish(args)
+        else:
+            compare(args, names)
+    except OSError as error:
+        refuse(f"{error}. Check the free disk space, and your rights to that file or folder.")
 
 
 if __name__ == "__main__":

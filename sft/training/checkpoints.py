@@ -3,15 +3,18 @@
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `state.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
 `step_NNNNNN.unfinished`, made durable, and renamed last, so a folder without a manifest that matches does not exist for
-resume. DCP's `.metadata` is a pickle: nothing here opens it before its digest is verified.
+resume. The manifest shows damage, not who wrote the folder: whoever changes a file can change its digest there, too.
+DCP's `.metadata` is a pickle, which could run any program, so every script reads it through `Reader`.
 """
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
@@ -20,6 +23,7 @@ from sft.training import distributed
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+SHOWN_DIFFERENCES = 6  # of fingerprints, in a message
 
 # ==== Names ====
 
@@ -112,7 +116,64 @@ def clear_unfinished(folder):
         shutil.rmtree(path)
 
 
+# ==== Reading ====
+
+PICKLED = {  # all that the `.metadata` of a DCP folder consists of, besides the dtypes
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties MetadataIndex "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed._shard.sharded_tensor.metadata": "TensorProperties MEM_FORMAT_ENCODING",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath",
+    "collections": "OrderedDict",
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads a `.metadata` that someone else wrote: a pickle may name any function to run, this one may not."""
+
+    def find_class(self, module, name):
+        if name in PICKLED.get(module, "").split():
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no DCP metadata needs")
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader of a folder, for one that someone else wrote: it reads tensors, in the folder, and runs no code."""
+
+    def read_metadata(self, *args, **kwargs):
+        """Return the `Metadata` of the folder, without what is not a tensor: DCP unpickles that without a restriction.
+
+        Raises: SystemExit if it isn't valid metadata, or names forbidden objects or files elsewhere.
+        """
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = MetadataUnpickler(file).load()
+            entries, stored = metadata.state_dict_metadata, metadata.storage_data
+            if {index.fqn for index in stored} != entries.keys():
+                raise ValueError("its lists of names differ")
+            if elsewhere := [info.relative_path for info in stored.values() if "/" in info.relative_path]:
+                raise ValueError(f"it names the file {elsewhere[0]}, which is not in this folder")
+            tensors = {name: entry for name, entry in entries.items() if isinstance(entry, dcp.TensorStorageMetadata)}
+        except Exception as error:  # a damaged pickle raises whatever its bytes spell
+            raise SystemExit(f"{self.path}: its .metadata cannot be read ({error}). Choose another one.") from None
+        metadata.state_dict_metadata = tensors
+        return metadata
+
+
 # ==== Verification ====
+
+
+def fingerprint_differences(then, now):
+    """Return in a phrase how two fingerprints (dicts) differ, in SHOWN_DIFFERENCES names at most; "" if they do not."""
+    phrases = system.differences(then, now)
+    more = len(phrases) - SHOWN_DIFFERENCES
+    return "; ".join(phrases[:SHOWN_DIFFERENCES] + [f"{more} more"] * (more > 0))
 
 
 def defect(checkpoint):
@@ -164,8 +225,7 @@ def choose(folder, resume):
     resume: "latest" or the name of a checkpoint. A rank that torchrun restarted takes the latest one in any case.
     Raises: SystemExit if the one with that name is not whole, or not the latest: that would mix two runs in one folder.
     """
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
-    if resume == "latest" or restarted:
+    if resume == "latest" or distributed.restarted():
         return latest_whole(folder)
     checkpoint = Path(folder) / resume
     verify(checkpoint)

@@ -7,17 +7,23 @@
 4. PackedLoader: reads and lays out one step ahead of the training.
 """
 
+import math
+import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+
+from sft import system
+from sft.data import writer
 
 # ==== Data ====
 
@@ -35,6 +41,72 @@ def load_data(data_dir):
 def sequence_lengths(dataset):
     """Return the length in tokens of each sequence of a `datasets` split, int64 [sequences], without reading them."""
     return pc.list_value_length(dataset.data.column("input_ids")).to_numpy().astype(np.int64)
+
+
+def read_report(data_dir):
+    """Return the dict of report.json in the folder `data_dir` that prepare_data.py wrote."""
+    return system.read_json(Path(data_dir) / "report.json", "prepare_data.py")
+
+
+def check_digests(data, report, data_dir):
+    """Raise SystemExit, naming source and split, unless the sequences are those that the `report` describes.
+
+    data: the splits of `load_data`. All their bytes are read, in threads, a batch of each file in memory at a time.
+    """
+    again = f"Run prepare_data.py again, or copy {data_dir} again."
+    files, expected = [], []
+    try:
+        for split, dataset in data.items():
+            paths = [file["filename"] for file in dataset.cache_files]
+            digests = [source["digest"][split] for source in report["sources"]]
+            if len(paths) != len(digests) or writer.digest_of_digests(digests) != report["digest"][split]:
+                raise KeyError
+            names = [source["name"] for source in report["sources"]]
+            files += paths
+            expected += zip(digests, names, [split] * len(names), strict=True)
+    except (KeyError, TypeError):
+        raise SystemExit(f"{data_dir}: its report.json does not describe its {split} split. {again}") from None
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        futures = [pool.submit(writer.file_digest, path) for path in files]
+        for path, future, (digest, name, split) in zip(files, futures, expected, strict=True):
+            try:
+                found = future.result()
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # pyarrow's are among them
+                raise SystemExit(f"{path} ({name}, {split} split) cannot be read ({error}). {again}") from None
+            if found != digest:
+                raise SystemExit(
+                    f"{path}: the ids, lengths or masks of {name} ({split} split) are not what prepare_data.py wrote: "
+                    f"their SHA-256 is {found[:12]}..., the report's {digest[:12]}... {again}"
+                )
+
+
+def check_lengths(lengths, split, need, config, budget):
+    """Refuse a split with fewer than `need` sequences or with one that no micro-batch or the model cannot hold."""
+    if len(lengths) < need:
+        remedy = "lower SEQUENCES_PER_STEP" if split == "training" else "set VALIDATE_EVERY to 0"
+        raise SystemExit(
+            f"The {split} split has {len(lengths)} sequences, fewer than the {need} needed. Prepare more data with "
+            f"prepare_data.py, or {remedy}."
+        )
+    longest = int(lengths.max(initial=0))
+    if 0 < budget < longest:
+        raise SystemExit(
+            f"Sequence {int(lengths.argmax())} of the {split} split has {longest} tokens, more than "
+            f"TOKENS_PER_MICRO_BATCH = {budget}. Raise it to at least {longest}."
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    context = min(config.max_position_embeddings, window or math.inf)
+    if longest > context:
+        raise SystemExit(
+            f"The {split} split has a sequence of {longest} tokens, the model's context or window is {context}. "
+            f"Run prepare_data.py with --max-seq-len {context}."
+        )
+
+
+def warn_of_limit(report):
+    """Print a warning if the data is only a quick look. report: dict of the data's report.json."""
+    if limit := report.get("limit"):
+        print(f"WARNING: the data was prepared with --limit {limit}. Don't take this run for the real one.")
 
 
 # ==== 1. Order ====

@@ -25,6 +25,7 @@ from sft.training import cpu
 # Torch's own limit of one collective. It has to outlast what a slow disk needs to load or save; `Watchdog` is the one
 # that sees a dead or hanging rank early.
 BACKSTOP = timedelta(hours=1)
+STOP = "STOP"  # file in the run's folder that ends the run
 CARD_SETTINGS = ("NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF")  # environment that join() sets unless you did
 
 # ==== Start ====
@@ -137,16 +138,27 @@ def on_rank0(action):
 
     A refusal of the action (SystemExit or OSError) ends all ranks and is printed once.
     """
+    return run_where(dist.get_rank() == 0, action)[0]
+
+
+def on_each_machine(action):
+    """Run `action()` on one rank of each machine. All ranks must call it; a refusal ends them, as in `on_rank0`."""
+    run_where(os.environ.get("LOCAL_RANK", "0") == "0", action)
+
+
+def run_where(here, action):
+    """Run `action()` on the ranks whose `here` is true; return every rank's result. The first refusal ends all."""
     result = refusal = None
-    if dist.get_rank() == 0:
+    if here:
         try:
             result = action()
         except (SystemExit, OSError) as error:
             refusal = str(error)
-    result, refusal = on_every_rank((result, refusal))[0]
-    if refusal is not None:
-        end_all(refusal)
-    return result
+    answers = on_every_rank((result, refusal))
+    for rank, (_, refusal) in enumerate(answers):
+        if refusal is not None:
+            end_all(refusal if rank == 0 else f"Rank {rank}: {refusal}")
+    return [result for result, _ in answers]
 
 
 def together(action):
@@ -197,7 +209,7 @@ class Stop:
     """Notes a request to end the run after its step: SIGTERM, SIGINT, or a file STOP in its folder."""
 
     def __init__(self, folder):
-        self.file = Path(folder) / "STOP"
+        self.file = Path(folder) / STOP
         self.signalled = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
@@ -215,12 +227,18 @@ class Stop:
 
     def requested(self):
         """Return whether this rank knows of a request to stop; the ranks still have to agree on it."""
-        return self.signalled or (dist.get_rank() == 0 and self.file.exists())
+        return self.signalled or (dist.get_rank() == 0 and self.file.is_file())
 
-    def clear(self):
-        """Remove the file STOP."""
-        if dist.get_rank() == 0:
-            self.file.unlink(missing_ok=True)
+
+def clear_stop(folder):
+    """Remove the file STOP in `folder`; a folder of that name is no request, and stays."""
+    if (Path(folder) / STOP).is_file():
+        (Path(folder) / STOP).unlink()
+
+
+def restarted():
+    """Return whether torchrun's --max-restarts started this rank again: it goes on with what the first start began."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def resume_command():

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from sft.training import dataloader
 from sft.training import model as sft_model
+from sft.training.schedule import Schedule
 
 GIB = 2**30
 BUDGETS = (8192, 6144, 4096, 3072, 2048, 1024)  # tokens per micro-batch that "auto" tries
@@ -251,6 +252,9 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
         spread = f", sharded over {topology.shards}, on {topology.machines} machines"
     recompute = "on" if plan.checkpointing else "off"
     checkpoint, kept = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"]
+    left_over, epoch = len(lengths) % per_step, ""
+    if left_over and total_steps >= dataloader.steps_per_epoch(len(lengths), per_step):
+        epoch = f"; {left_over:,} of {len(lengths):,} sequences are left over at the end of each epoch"
     lines = {
         "model": f"{args['RESIZED_MODEL']}: {sizes.all:,} parameters, {args['COMPUTE_DTYPE']} compute, float32 masters",
         "ranks": f"{topology.ranks} on {topology.device}{spread}",
@@ -263,7 +267,8 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
         "traffic": f"{plan.communicate}: {sent[plan.communicate]:.1f} GB sent per rank and step (per_step "
         f"{sent['per_step']:.1f}, per_micro_batch {sent['per_micro_batch']:.1f})",
         "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; "
-        f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s",
+        f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s{epoch}",
+        "schedule": Schedule.of(args, total_steps).describe(),
         "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept plus one being written: "
         f"{checkpoint * (kept + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}",
     }
@@ -277,6 +282,7 @@ def plan_run(args, config, sizes, lengths, topology, limit):
 
     lengths: int64 tokens of each training sequence; limit: bytes a rank may use.
     Returns: (Plan, dataloader.Survey, total steps, the lines to print).
+    Raises: SystemExit if the warm-up outlasts the run.
     """
     seed, per_step = args["SEED"], args["SEQUENCES_PER_STEP"]
     one_epoch = dataloader.steps_per_epoch(len(lengths), per_step)

@@ -29,7 +29,7 @@ from types import SimpleNamespace
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import common  # puts the suite on the path
 
-from sft import settings
+from sft import hf_folder, settings, system
 from sft.data import chatml, sources, workers
 
 # ---- Size ----
@@ -280,11 +280,12 @@ def feed_checkpoints(world, files):
 
 
 def make_report(rng):
-    digest = hashlib.sha256(b"{}").hexdigest()
+    tokenizer = dict.fromkeys(hf_folder.TOKENIZER_FILES) | {"tokenizer.json": hashlib.sha256(b"{}").hexdigest()}
     state = {"fingerprints": {"data": "x", "base": "y"}, "settings": {"SEED": 1, "SEQUENCES_PER_STEP": 32}}
     files = {
-        "data/report.json": {"tokenizer_sha256": digest, "vocab_size": 10, "digest": {"train": "x"}, "max_seq_len": 64},
+        "data/report.json": {"tokenizer_sha256": tokenizer, "vocab_size": 10, "digest": {"train": "x"}},
         "base/config.json": {"vocab_size": 10, "hidden_size": 8},
+        "base/generation_config.json": {"eos_token_id": [1]},
         "out/run.json": state,
     }
     files = {name: json.dumps(value).encode() for name, value in files.items()}
@@ -297,7 +298,8 @@ def feed_report(world, state, files):
         (world.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (world.folder / name).write_bytes(data)
     (world.folder / "base/x.safetensors").touch()
-    world.sft_v1.check_inputs(str(world.folder / "data"), str(world.folder / "base"))
+    report = system.read_json(world.folder / "data" / "report.json", "prepare_data.py")
+    world.sft_v1.check_inputs(str(world.folder / "data"), report, str(world.folder / "base"))
     state = world.sft_v1.State(**state, versions={}, world_size=1)
     world.sft_v1.check_folder(world.folder / "out", state)
 
