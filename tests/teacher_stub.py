@@ -63,6 +63,7 @@ class Stub:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each answer's body waits 40 ms for the client to confirm its head
 
             def log_message(self, *_):
                 pass

@@ -1,6 +1,7 @@
 """generate_constitutional.py: the constitution, the stages' files, the plan, the providers, the checks, whole runs.
 
 Run it alone: bash tests/run.sh tests/test_generate_constitutional.py
+With more kills: KILLS=50 bash tests/run.sh tests/test_generate_constitutional.py -k kill
 """
 
 import json
@@ -24,6 +25,7 @@ from sft.generation import checks, constitution, constraints, conversations, pro
 from sft.generation import teacher as teachers
 
 TEXT = (ROOT / "constitution.md").read_text()
+KILLS = int(os.environ.get("KILLS", "12"))  # of a live run; a third as many of a run in batches
 
 # ---- The constitution ----
 
@@ -71,7 +73,7 @@ words = st.text("abcdefgh ", min_size=1, max_size=30).map(str.strip).filter(bool
 entries = st.lists(words, min_size=1, max_size=4, unique=True)
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(askers=entries, topics=entries, manner=words, ids=st.sets(st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)))
 def test_what_is_written_is_read(askers, topics, manner, ids):
     lines = ["# T", "## Who", "- name: N", "- maker: M", "- language: en", "", manner, "## Principles"]
@@ -88,7 +90,7 @@ def test_what_is_written_is_read(askers, topics, manner, ids):
         assert category.topics == topics and category.formats == [constitution.Format(2, 5, 9, True)]
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_damaged_constitution_is_read_or_gets_a_sentence(data):
     lines = TEXT.split("\n")
@@ -118,7 +120,7 @@ unanswered = st.fixed_dictionaries({"key": st.sampled_from("abcdef"), "unanswere
 
 
 @given(lines=st.lists(answers | sent | errors | unanswered, max_size=12), data=st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_stage_file_that_was_cut_at_any_byte_keeps_every_whole_line_and_takes_the_next(tmp_path, lines, data):
     path = tmp_path / "stage.jsonl"
     written = "".join(json.dumps(line) + "\n" for line in lines).encode()
@@ -143,7 +145,7 @@ def test_a_stage_file_that_was_cut_at_any_byte_keeps_every_whole_line_and_takes_
 
 
 @given(st.lists(st.binary(max_size=30)))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_in_a_stage_file_is_counted_and_ends_nothing(tmp_path, lines):
     path = tmp_path / "stage.jsonl"
     path.write_bytes(b"\n".join(lines))
@@ -196,6 +198,12 @@ def settings_for(folder, stub, **changes):
 def keys(monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-ant-secret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai-secret")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Leave out report.png, half of the time of a small run; the run of the fixture `whole` draws it."""
+    monkeypatch.setattr("sft.generation.report.draw", lambda *_: None)
 
 
 def rows_of(folder):
@@ -305,10 +313,10 @@ def test_faults_that_pass_change_nothing(tmp_path, provider, monkeypatch):
 
 def test_a_refused_request_is_recorded_once_and_asked_again_only_on_request(tmp_path):
     def fault(key, n):
-        return 400 if int(key, 16) % 11 == 0 else None
+        return 400 if int(key, 16) % 9 == 0 else None
 
     with Stub(fault) as stub:
-        args = settings_for(tmp_path, stub)
+        args = settings_for(tmp_path, stub, EXAMPLES=8, HELD_OUT=0)
         generate_constitutional.main(args)
         total, _ = ledger_of(tmp_path, args)
         asked = sum(stub.asked.values())
@@ -427,13 +435,13 @@ def kill_until_done(stub, args, kills, provider_calls):
     return struck
 
 
-def test_fifty_kills_lose_only_what_was_in_flight_and_change_no_byte(whole, tmp_path):
+def test_kills_lose_only_what_was_in_flight_and_change_no_byte(whole, tmp_path):
     folder, calm = whole
     with Stub(delay=0.01) as stub:
         args = settings_for(tmp_path, stub, CONCURRENCY=4)
-        struck = kill_until_done(stub, args, 50, lambda: sum(stub.asked.values()))
+        struck = kill_until_done(stub, args, KILLS, lambda: sum(stub.asked.values()))
         total, _ = ledger_of(tmp_path, args)
-    assert struck >= 45
+    assert struck >= 0.75 * KILLS
     assert stub.paid.keys() == calm.paid.keys()
     twice = sum(stub.paid.values()) - len(stub.paid)
     assert twice <= total["lost"] <= args["CONCURRENCY"] * struck
@@ -448,9 +456,9 @@ def test_kills_between_batches_submit_none_twice(whole, tmp_path):
     with Stub() as stub:
         stub.polls = 2
         args = settings_for(tmp_path, stub, PROVIDER="anthropic-batches", BATCH_SIZE=9, POLL_SECONDS=0.03)
-        struck = kill_until_done(stub, args, 15, lambda: len(stub.batches))
+        struck = kill_until_done(stub, args, KILLS // 3, lambda: len(stub.batches))
         assert ledger_of(tmp_path, args)[0]["calls"] == len(stub.paid)
-    assert struck >= 10 and max(stub.paid.values()) == 1 and max(stub.batch_asked.values()) == 1
+    assert struck >= KILLS // 6 and max(stub.paid.values()) == 1 and max(stub.batch_asked.values()) == 1
     assert result_of(tmp_path) == result_of(folder)
 
 
@@ -468,13 +476,13 @@ def test_expired_and_failed_entries_are_asked_again_and_refused_ones_recorded(tm
 
     with Stub() as stub:
         stub.entry_fault = entry_fault
-        args = settings_for(tmp_path, stub, PROVIDER="anthropic-batches")
+        args = settings_for(tmp_path, stub, PROVIDER="anthropic-batches", EXAMPLES=8, HELD_OUT=0)
         generate_constitutional.main(args)
     total, _ = ledger_of(tmp_path, args)
     refused = [key for key in stub.batch_asked if int(key, 16) % 9 == 0]
     assert total["errors"] == len(refused) and all(stub.batch_asked[key] == 1 for key in refused)
     assert max(stub.batch_asked.values()) == 2 and max(stub.paid.values()) == 1
-    assert len(rows_of(tmp_path)) >= 16
+    assert len(rows_of(tmp_path)) == 8
     half = sum(r["input_tokens"] + 5 * r["output_tokens"] for r in all_answers(tmp_path)) / 2e6
     assert total["cost"] == pytest.approx(half)
 
