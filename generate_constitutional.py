@@ -11,7 +11,8 @@ Writes  data/constitutional.jsonl, and next to it constitutional-held-out.jsonl;
     the same command after a kill                            asks only what has no answer yet
 
 A conversation is asked for, answered, criticised by one principle and revised; with several turns, so is each answer.
-An answer is on disk before anything is done with it, so none is paid twice. Whether a provider's terms allow to train
+An answer is on disk before anything is done with it, so none is paid twice. Where too many conversations are rejected,
+the rest is written and the exit status is 1. Whether a provider's terms allow to train
 on its model's outputs is for you to check.
 """
 
@@ -196,11 +197,11 @@ def beside(args, ending):
 
 
 def write_result(items, goals, teacher, work, args):
-    """Write the rows, the pairs, the rejected conversations and the report. Returns: the text of report.md."""
+    """Write the rows, the pairs, the rejected conversations and the report. Raises: SystemExit if rows are missing."""
     train, held_out = choose(items, goals, args["HELD_OUT"])
     kept = train + held_out
-    lost = teachers.cost(teacher.files.lost_tokens(), teacher.prices) or 0
-    text = report.markdown(items, kept, goals, teacher.files.ledger(), lost, teacher.prices is not None, len(held_out))
+    money = report.ledger_lines(teacher.files.ledger(), teacher.journal, teacher.unsettled(), teacher.prices)
+    text = report.markdown(items, kept, goals, money, len(held_out))
     write_lines(work / "rejected.jsonl", [rejected_of(item) for item in items if item.reason])
     write_lines(work / "pairs.jsonl", [pair for item in kept for pair in pairs_of(item)])
     system.write_whole(work / "report.md", text)
@@ -211,8 +212,13 @@ def write_result(items, goals, teacher, work, args):
     print(report.sample(train, SAMPLES))
     print(f"\n{text}")
     print(f"written: {len(train):,} rows in {args['OUTPUT']}, {len(held_out):,} held out; what was rejected in {work}")
-    if len(kept) < sum(goals.values()):
-        print(f"{sum(goals.values()) - len(kept):,} rows are missing: too many were rejected; see the reasons above.")
+    wanted = sum(goals.values())
+    if len(kept) < wanted:
+        raise SystemExit(
+            f"{wanted - len(kept):,} of {wanted:,} rows are missing after {MAX_ROUNDS} rounds of asking; the rest is "
+            f"written. {work}/report.md says why conversations were rejected. Ask for fewer --examples, or name "
+            "another --model or --constitution with a new --output."
+        )
 
 
 # ==== Main ====

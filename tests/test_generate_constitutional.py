@@ -8,20 +8,23 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from multiprocessing import forkserver
 from random import Random
 
 import pytest
+import tiny_teacher
 import warm_teacher
-from helpers import ROOT, args_of, full_disk
+from helpers import ROOT, args_of, full_disk, run_python, write_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from teacher_stub import Stub, prose
 
 import generate_constitutional
-from sft.generation import checks, constitution, constraints, conversations, providers, records
+from sft.generation import batches, checks, constitution, constraints, conversations, providers, records
 from sft.generation import teacher as teachers
 
 TEXT = (ROOT / "constitution.md").read_text()
@@ -369,6 +372,57 @@ def test_max_cost_stops_before_it_is_passed_and_more_money_continues(tmp_path):
     assert max(stub.paid.values()) == 1
 
 
+def stop_at_first_poll(stub, args):
+    """Run until the first batch is out, and press Ctrl-C while the run waits for it."""
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.sleep", interrupt)
+        with pytest.raises(SystemExit, match="Stopped"):
+            generate_constitutional.main(args)
+    assert len(stub.batches) == 1 and not stub.paid
+
+
+def test_max_cost_counts_a_batch_that_is_still_out_at_its_most(tmp_path):
+    with Stub() as stub:
+        args = settings_for(tmp_path, stub, PROVIDER="anthropic-batches", EXAMPLES=8, HELD_OUT=0)
+        stop_at_first_poll(stub, args)
+        tokens = batches.Journal(tmp_path / "rows.work/batches.jsonl").tokens_out()
+        other = args | {"SEED": 43}  # other questions: the batch is of no use to them
+        with pytest.raises(SystemExit, match="MAX_COST"):
+            generate_constitutional.main(other | {"MAX_COST": 1.05 * teachers.cost(tokens, teachers.prices(args))})
+        assert len(stub.batches) == 1 and not stub.paid
+        generate_constitutional.main(other)
+        report = (tmp_path / "rows.work/report.md").read_text()
+        assert "1 batches are still out" in report and "still out costs 0.0" in report
+        generate_constitutional.main(args | {"PAY_AGAIN": True})
+    assert "still out" not in (tmp_path / "rows.work/report.md").read_text()
+    assert max(stub.paid.values()) == 1 and ledger_of(tmp_path, args)[0]["calls"] == len(stub.paid)
+
+
+def test_a_batch_of_a_larger_run_is_paid_once_though_a_smaller_run_fetches_it(tmp_path):
+    with Stub() as stub:
+        args = settings_for(tmp_path, stub, PROVIDER="anthropic-batches", EXAMPLES=16, HELD_OUT=0)
+        stop_at_first_poll(stub, args)
+        for examples in (6, 16):
+            generate_constitutional.main(args | {"EXAMPLES": examples})
+            assert len(rows_of(tmp_path)) == examples
+            assert max(stub.paid.values()) == 1 and ledger_of(tmp_path, args)[0]["calls"] == len(stub.paid)
+
+
+def test_rows_that_are_missing_after_all_rounds_end_with_a_sentence_and_the_others_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_constitutional, "MAX_ROUNDS", 2)
+    with Stub(lambda key, n: "cut off" if int(key, 16) % 3 else None) as stub:
+        args = settings_for(tmp_path, stub, EXAMPLES=8, HELD_OUT=0)
+        for _ in range(2):  # asking again changes nothing and costs nothing
+            with pytest.raises(SystemExit, match=r"of 8 rows are missing after 2 rounds .*report.md says why"):
+                generate_constitutional.main(args)
+    assert max(stub.asked.values()) == 1 and len(rows_of(tmp_path)) < 8
+    assert "rejected: cut off" in (tmp_path / "rows.work/report.md").read_text()
+
+
 def test_a_changed_constitution_says_what_is_useless_before_it_pays_again(tmp_path):
     with Stub() as stub:
         args = settings_for(tmp_path, stub, HELD_OUT=0, EXAMPLES=8)
@@ -500,6 +554,65 @@ def test_a_batch_whose_creation_was_never_confirmed_is_found_and_not_submitted_a
         generate_constitutional.main(settings_for(tmp_path, stub, PROVIDER="anthropic-batches"))
     assert not stub.create_faults and max(stub.batch_asked.values()) == 1 and max(stub.paid.values()) == 1
     assert result_of(tmp_path) == result_of(folder)
+
+
+# ---- A real server ----
+
+FOR_NONSENSE = """# What a teacher of random words can live up to: no reasoning, no pairs, no requirements
+## Who
+- name: Genesis
+- maker: one engineer
+- language: en
+
+It is brief.
+## Principles
+### truth: Say what is true
+It invents nothing.
+## Askers
+- a nurse
+- a student
+## Categories
+"""
+for name, share in {"reasoning": 50, "personality": 50, "safety": 0, "instruction_following": 0}.items():
+    FOR_NONSENSE += f"### {name}: {share}%\nThis and that.\nTopics:\n- bread\n- bridges\n"
+    FOR_NONSENSE += "Formats:\n- 1 turn, 5 to 20 words\n- 2 turns, 5 to 20 words\n"
+
+
+def wait_for_answers(process, path, number):
+    """Wait until the stage's file `path` has this many answers of a running process."""
+    while not path.exists() or path.read_text().count('"text"') < number:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+
+
+@pytest.mark.torchrun
+def test_a_real_server_answers_all_stages_over_a_kill_and_prepare_data_takes_the_rows(tmp_path):
+    """`transformers serve` with random words: questions, answers, critiques, revisions, follow-ups; not the judge."""
+    model = tiny_teacher.write_teacher(tmp_path / "teacher")
+    (tmp_path / "constitution.md").write_text(FOR_NONSENSE)
+    with tiny_teacher.Server(model, tmp_path / "server.log") as server:
+        command = [ROOT / "generate_constitutional.py", "--provider", "openai", "--base-url", server.url]
+        command += ["--model", model, "--examples", 8, "--held-out", 0, "--output", "rows.jsonl", "--concurrency", 2]
+        command += ["--questions-per-call", 2]
+        with (tmp_path / "killed.log").open("wb") as log:
+            line = [sys.executable, *map(str, command)]
+            process = subprocess.Popen(line, cwd=tmp_path, stdout=log, stderr=log)
+            wait_for_answers(process, tmp_path / "rows.work/answer.jsonl", 2)
+            process.kill()
+            process.wait()
+        run_python(tmp_path, *command)
+        answered = server.answered
+    total, files = ledger_of(tmp_path, args_of(generate_constitutional))
+    assert all(len(file.answers) == file.ledger["calls"] for file in files.stages.values())
+    assert all(files.stages[stage].answers for stage in records.STAGES if stage != "judge")
+    assert total["calls"] <= answered <= total["calls"] + total["lost"] and total["lost"] <= 2
+    assert len(rows_of(tmp_path)) >= 8 and not total["errors"]
+    source = {"name": "constitutional", "path": "rows.jsonl", "schema": "messages", "examples": "all"}
+    (tmp_path / "mixture.json").write_text(json.dumps([source | {"identity_patterns": []}]))
+    flags = ["--mixture", "mixture.json", "--base-model", write_tokenizer(tmp_path / "base"), "--data-dir", "data"]
+    run_python(tmp_path, ROOT / "prepare_data.py", *flags, "--decontaminate-against", "")
+    (prepared,) = json.loads((tmp_path / "data/report.json").read_text())["sources"]
+    assert prepared["read"] == len(rows_of(tmp_path)) == prepared["kept"] + prepared["rejected"]
 
 
 # ---- Checks ----

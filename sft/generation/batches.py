@@ -2,7 +2,8 @@
 
 batches.jsonl in the run's folder says what was submitted. Its lines are
 
-    {"batch": n, "keys": [...], "time": ...}    before a batch is created: what it will ask
+    {"batch": n, "keys": [...], "time": ..., "most": [input tokens, output tokens]}
+                                                before a batch is created: what it will ask, and cost at most
     {"batch": n, "id": ...}                     its id, before anything waits for it
     {"batch": n, "done": true}                  all of its answers are in the stages' files
 
@@ -10,6 +11,7 @@ A line without an id is what a crash leaves while a batch is created. Such a bat
 is the one of that size, created since, whose results have these keys. Only if there is none, it is submitted again.
 """
 
+import dataclasses
 import json
 import time
 
@@ -32,18 +34,30 @@ class Journal:
         for line in parse_lines(path):
             if type(line.get("batch")) is int:
                 self.batches.setdefault(line["batch"], {}).update(line)
-        self.file = path.open("a", encoding="utf-8")
+        self.path = path
 
     def write(self, number, **fields):
         """Append a line about a batch and wait until it is on the disk."""
         self.batches.setdefault(number, {"batch": number}).update(fields)
-        self.file.write(json.dumps({"batch": number, **fields}) + "\n")
-        self.file.flush()
-        system.durable(self.file.name)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"batch": number, **fields}) + "\n")
+        system.durable(self.path)
 
     def open_batches(self):
         """Return the numbers of the batches whose answers are still to be fetched."""
         return [number for number, batch in self.batches.items() if not batch.get("done") and batch.get("keys")]
+
+    def tokens_out(self):
+        """Return [tokens in, tokens out] that the batches whose answers are still to be fetched cost at most."""
+        most = [self.batches[number].get("most", (0, 0)) for number in self.open_batches()]
+        return [sum(tokens[side] for tokens in most) for side in (0, 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unasked:
+    """Stands for the Call of an answer that this run didn't ask for; an earlier one, of more rows, has paid it."""
+
+    key: str
 
 
 class Batches:
@@ -51,7 +65,7 @@ class Batches:
 
     rate = 0.5  # of the price
 
-    def __init__(self, args, folder):
+    def __init__(self, args, journal):
         import anthropic
 
         self.sdk = anthropic
@@ -59,7 +73,7 @@ class Batches:
         self.client = providers.anthropic_client(args, self.key)
         self.api = self.client.messages.batches
         self.create_once = self.client.with_options(max_retries=0).messages.batches.create
-        self.journal = Journal(folder / "batches.jsonl")
+        self.journal = journal
 
     def answer(self, calls, stage_file, afford, deliver):
         """Ask for the answers to `calls` and deliver(call, Reply, Refused or Unanswered); see providers.Live."""
@@ -71,6 +85,8 @@ class Batches:
                 last[key] = outcome
             elif key in waiting:
                 deliver(waiting.pop(key), outcome)
+            elif not isinstance(outcome, Refused) and key not in stage_file.answers:
+                deliver(Unasked(key), outcome)
 
         for number in self.journal.open_batches():
             if waiting.keys() & self.journal.batches[number]["keys"]:
@@ -92,13 +108,14 @@ class Batches:
         numbers, sent = [], 0
         while sent < len(calls):
             size = min(self.args["BATCH_SIZE"], len(calls) - sent)
-            while size and not afford(calls[: sent + size]):
+            while size and not afford(calls[sent : sent + size]):  # the batches before it count as spent
                 size //= 2
             if not size:
                 break
             part = calls[sent : sent + size]
             number = len(self.journal.batches)
-            self.journal.write(number, keys=[call.key for call in part], time=time.time())
+            most = [sum(call.most_tokens[side] for call in part) for side in (0, 1)]
+            self.journal.write(number, keys=[call.key for call in part], time=time.time(), most=most)
             requests = [{"custom_id": call.key, "params": providers.anthropic_request(call)} for call in part]
             self.create(number, requests)
             numbers.append(number)

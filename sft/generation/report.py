@@ -64,8 +64,12 @@ def figures(items):
     return table
 
 
-def ledger_lines(ledger, lost_cost, priced):
-    """Return the lines of the table of calls, tokens and money."""
+def ledger_lines(ledger, journal, unsettled, priced):
+    """Return the lines of the table of calls, tokens and money.
+
+    journal: of the batches; unsettled: money at most, of what is lost and of the batches still out; priced: whether
+    prices are known.
+    """
     lines = ["| stage | calls | refused | lost | tokens in | tokens out | cost |", "|---|" + "---:|" * 6]
     total = Counter()
     for stage, line in [*ledger.items(), ("all", total)]:
@@ -75,15 +79,21 @@ def ledger_lines(ledger, lost_cost, priced):
         if stage != "all":
             total.update(line)
     if total["lost"]:
-        most = f", {lost_cost:,.4f} at most" if priced else ""
-        lines += ["", f"lost: sent before a kill, answered to nobody; they may have been paid{most}."]
+        lines += ["", "lost: sent before a kill, answered to nobody; they may have been paid."]
+    if out := len(journal.open_batches()):
+        lines += ["", f"{out:,} batches are still out; a run with another constitution or settings asked for them."]
+    if priced and unsettled:
+        lines += ["", f"What is lost or still out costs {unsettled:,.4f} at most, on top of the table."]
     if total["unpriced"]:
         lines += ["", f"{total['unpriced']:,} calls were made without known prices; they are missing in the cost."]
     return lines
 
 
-def markdown(items, kept, goals, ledger, lost_cost, priced, held_out):
-    """Return report.md. items: all; kept: those written; goals: {category: rows wanted}; held_out: number of rows."""
+def markdown(items, kept, goals, money, held_out):
+    """Return report.md.
+
+    items: all; kept: those written; goals: {category: rows wanted}; money: ledger_lines; held_out: number of rows.
+    """
     lines = ["# The constitutional conversations", ""]
     lines += [f"{len(kept):,} rows of {sum(goals.values()):,} wanted, {held_out:,} of them held out.", ""]
     asked = Counter(item.category.id for item in items)
@@ -110,7 +120,7 @@ def markdown(items, kept, goals, ledger, lost_cost, priced, held_out):
         "distinct-2: different pairs of neighbouring words, as a share of all pairs; larger is more varied.",
         "",
     ]
-    return "\n".join([*lines, *ledger_lines(ledger, lost_cost, priced)]) + "\n"
+    return "\n".join([*lines, *money]) + "\n"
 
 
 def draw(items, kept, path):

@@ -18,17 +18,27 @@ class Stopped(Exception):
     """The run ends in order; the same command continues. The message says why."""
 
 
-def prices(args):
-    """Return (price of a million tokens in, price of a million tokens out), or None if they are unknown."""
+def prices(args, provider=None):
+    """Return (price of a million tokens in, price of a million tokens out), or None if they are unknown.
+
+    provider: one of SERVERS instead of PROVIDER.
+    """
     if not args["PRICES_LOOKED_UP"]:
         return None
-    rate = SERVERS[args["PROVIDER"]].rate
+    rate = SERVERS[provider or args["PROVIDER"]].rate
     return args["PRICE_INPUT"] * rate, args["PRICE_OUTPUT"] * rate
 
 
 def cost(tokens, prices):
     """Return the money for (tokens in, tokens out), or None without prices."""
     return None if prices is None else (tokens[0] * prices[0] + tokens[1] * prices[1]) / 1e6
+
+
+def remedy(reason):
+    """Return what helps against this reason for no answer, or ""."""
+    if "timed out" not in reason:
+        return ""
+    return " A server that works off one request after the other needs --concurrency 1 or more --timeout-seconds."
 
 
 class Files:
@@ -92,14 +102,19 @@ class Teacher:
 
     def __init__(self, files, folder, args):
         self.files, self.args, self.prices = files, args, prices(args)
+        self.journal = batches.Journal(folder / "batches.jsonl")
         kind = SERVERS[args["PROVIDER"]]
-        self.server = kind(args, folder) if kind is batches.Batches else kind(args)
+        self.server = kind(args, self.journal) if kind is batches.Batches else kind(args)
         self.tokens = Counter()  # of this run
 
+    def unsettled(self):
+        """Return the money that lost requests and the batches still out cost at most."""
+        out = cost(self.journal.tokens_out(), prices(self.args, "anthropic-batches")) or 0
+        return out + (cost(self.files.lost_tokens(), self.prices) or 0)
+
     def spent(self):
-        """Return the money of all answers on disk, and of the lost requests at most."""
-        total = sum(file.ledger["cost"] for file in self.files.stages.values())
-        return total + (cost(self.files.lost_tokens(), self.prices) or 0)
+        """Return the money of all answers on disk, and what is unsettled."""
+        return sum(file.ledger["cost"] for file in self.files.stages.values()) + self.unsettled()
 
     def afford(self, calls):
         """Return whether MAX_COST allows the `calls` at the most they can cost, besides what is spent."""
@@ -129,7 +144,9 @@ class Teacher:
         if left and self.too_dear:
             raise Stopped(f"MAX_COST = {self.args['MAX_COST']:g} doesn't cover the next request. Raise it to go on.")
         if left:
-            raise Stopped(f"The teacher left {len(left):,} requests of the step {name!r} unanswered ({reason}).")
+            raise Stopped(
+                f"The teacher left {len(left):,} requests of the step {name!r} unanswered ({reason}).{remedy(reason)}"
+            )
         return [file.answers.get(call.key) for call in calls]
 
     def fetch(self, calls, file, bar):
@@ -142,7 +159,9 @@ class Teacher:
                 reason, in_a_row = str(outcome), in_a_row + 1
                 file.append({"key": call.key, "unanswered": reason}, durable=False)
                 if in_a_row == providers.NO_ANSWER_IN_A_ROW:
-                    raise Stopped(f"The teacher did not answer {in_a_row} requests in a row ({reason}).")
+                    raise Stopped(
+                        f"The teacher did not answer {in_a_row} requests in a row ({reason}).{remedy(reason)}"
+                    )
                 return
             in_a_row = 0
             if isinstance(outcome, providers.Refused):
