@@ -89,18 +89,23 @@ def durable(path):
         os.close(handle)
 
 
+def stage(path, content):
+    """Write `content` (bytes) to `unfinished(path)` and put it on the disk. Returns: that Path. Raises: OSError."""
+    staging = unfinished(path)
+    staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to a file of somebody else
+    with staging.open("xb") as file:
+        file.write(content)
+    durable(staging)
+    return staging
+
+
 def write_whole(path, text):
     """Replace the file `path` by `text` (str or bytes) in one step: a kill or a full disk leaves the old file."""
-    staging = unfinished(path)
     try:
-        staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to a file of somebody else
-        with staging.open("xb") as file:
-            file.write(text.encode() if isinstance(text, str) else text)
-        durable(staging)
-        staging.replace(path)
+        stage(path, text.encode() if isinstance(text, str) else text).replace(path)
     except OSError:
         with contextlib.suppress(OSError):
-            staging.unlink()  # a full disk stays usable
+            unfinished(path).unlink()  # a full disk stays usable
         raise
 
 

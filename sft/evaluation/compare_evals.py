@@ -575,11 +575,7 @@ def write_report(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in zip(paths, files.values(), strict=True):
-            staging = system.unfinished(path)
-            staging.unlink(missing_ok=True)  # of a killed run, or a link, which leads to another file
-            with staging.open("xb") as file:
-                file.write(content)
-            system.durable(staging)
+            system.stage(path, content)
         for path in paths:
             system.unfinished(path).replace(path)
     except OSError as error:
