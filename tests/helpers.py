@@ -15,6 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PASSAGE = ROOT / "sft" / "evaluation" / "plain_text.txt"
 
+# ==== The machine ====
+
+
+def fake_card(folder, driver):
+    """Write an nvidia-smi that answers with the version `driver` into `folder`, for the PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
 # ==== Model folders ====
 
 

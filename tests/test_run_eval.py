@@ -18,7 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, copy_lm_eval, edit_json, write_conversations, write_dataset, write_model, write_tokenizer
+from helpers import (
+    ROOT,
+    copy_lm_eval,
+    edit_json,
+    fake_card,
+    write_conversations,
+    write_dataset,
+    write_model,
+    write_tokenizer,
+)
 from transformers import AutoTokenizer
 
 from sft import system
@@ -464,6 +473,15 @@ def test_an_unfinished_run_continues_only_with_the_same_settings(start):
 def test_what_is_wrong_is_said_before_the_work(start, changes, says):
     with pytest.raises(SystemExit, match=says):
         start(**changes)
+
+
+def test_a_card_that_torch_cannot_use_is_named(start, tmp_path, monkeypatch):
+    fake_card(tmp_path / "bin", "535.183.01")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for device in ("gpus", "cuda:0"):
+        with pytest.raises(SystemExit, match=r"This machine has an NVIDIA card with driver .* DEVICE=cpu works too"):
+            start(DEVICE=device)
 
 
 def test_a_model_folder_must_be_whole(folder, start):

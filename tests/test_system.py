@@ -5,12 +5,14 @@ Run it alone: bash tests/run.sh tests/test_system.py
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, full_disk
+from helpers import ROOT, fake_card, full_disk
 
 from sft import system
 
@@ -220,3 +222,88 @@ def alive(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# ==== The device ====
+
+LOADED = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  Sun Aug 31\nGCC 13.3.0\n"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Return a function that makes a machine: driver of /proc, driver of nvidia-smi, (vendor, class) on the PCI bus."""
+
+    def make(loaded=None, answered=None, pci=None):
+        monkeypatch.setattr(system, "LOADED_DRIVER", tmp_path / "version")
+        monkeypatch.setattr(system, "PCI_DEVICES", tmp_path / "pci")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        if loaded:
+            (tmp_path / "version").write_text(LOADED.format(loaded))
+        if answered:
+            fake_card(tmp_path / "bin", answered)
+        if pci:
+            device = tmp_path / "pci" / "0000:01:00.0"
+            device.mkdir(parents=True)
+            (device / "vendor").write_text(f"{pci[0]}\n")
+            (device / "class").write_text(f"{pci[1]}\n")
+
+    return make
+
+
+def torch_of(version, cuda):
+    return SimpleNamespace(__version__=version, version=SimpleNamespace(cuda=cuda))
+
+
+@pytest.mark.parametrize(
+    ("here", "torch", "says"),
+    [
+        (("535.183.01",), ("2.13.0", "13.0"), r"with driver 535.183.01, but torch 2.13.0 is built for CUDA 13.0, which "
+         r"needs driver 580 or newer"),
+        ((None, "570.86"), ("2.13.0", "13.0"), "driver 570.86, but torch .* needs driver 580 or newer"),  # as in WSL2
+        (("470.256.02",), ("2.9.0+cu128", "12.8"), "470.256.02, but torch .* needs driver 525 or newer"),
+        (("999.1",), ("3.0.0", "14.0"), "driver 999.1, which is new enough"),
+        (("580.65.06",), ("2.13.0+cpu", None), r"without CUDA. Install a build with it: .* torch==2.13.0\."),
+        ((None, None, ("0x10de", "0x030000")), ("2.13.0", "13.0"), "an NVIDIA card without a driver, but torch"),
+        (("580.65.06",), ("2.13.0", "13.0"), "sees no GPU .CUDA_VISIBLE_DEVICES is '7'.. Unset that variable"),
+    ],
+)  # fmt: skip
+def test_a_card_that_torch_cannot_use_is_named_with_the_driver_it_needs(machine, monkeypatch, here, torch, says):
+    machine(*here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert re.search(says, system.unused_card(torch_of(*torch)))
+
+
+@pytest.mark.parametrize("pci", [None, ("0x1002", "0x030000"), ("0x10de", "0x020000")])  # another card, a network card
+def test_a_machine_without_an_nvidia_card_takes_the_cpu(machine, monkeypatch, pci):
+    machine(pci=pci)
+    assert system.unused_card(torch_of("2.13.0", "13.0")) is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert system.choose_device("auto", "--device cpu") == system.choose_device("cpu", "--device cpu") == "cpu"
+    with pytest.raises(SystemExit, match=r"Torch sees no GPU here\. To run on the CPU instead: --device cpu\."):
+        system.choose_device("cuda", "--device cpu")
+
+
+def test_the_cpu_is_taken_beside_an_unused_card_only_where_it_is_asked_for(machine, monkeypatch):
+    machine("535.183.01")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert system.choose_device("cpu", "--device cpu") == "cpu"
+    for setting in ("auto", "cuda"):
+        with pytest.raises(SystemExit, match=r"driver 535\.183\.01, but .* To run on the CPU instead: --device cpu\."):
+            system.choose_device(setting, "--device cpu")
+
+
+@pytest.mark.parametrize("script", ["sft_v1.py", "chat.py"])
+def test_a_script_refuses_an_unused_card_before_any_work(tmp_path, script):
+    """Where there is a GPU, CUDA_VISIBLE_DEVICES hides it from torch, and the answer names that machine's driver."""
+    fake_card(tmp_path / "bin", "535.183.01")
+    env = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+        "LOCAL_RANK": "0",
+    }
+    result = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert re.search(r"This machine has an NVIDIA card with driver \d+\.\d+.*, but torch ", result.stderr), (
+        result.stderr
+    )
+    assert result.stderr.strip().endswith("To run on the CPU instead: --device cpu.")

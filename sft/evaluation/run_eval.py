@@ -70,16 +70,19 @@ def list_devices(setting):
     import torch
 
     gpus = torch.cuda.device_count()
+    remedy = "DEVICE=cpu works too, slowly."
+    if gpus == 0 and (problem := system.unused_card(torch)):
+        remedy = f"{problem} {remedy}"
     if setting == "gpus":
         if gpus == 0:
-            refuse("torch sees no GPU. DEVICE=cpu works too, slowly.")
+            refuse(f"torch sees no GPU. {remedy}")
         return [f"cuda:{number}" for number in range(gpus)]
     devices = setting.split(",")
     for device in devices:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             refuse(f"DEVICE={setting}: {device!r} must be gpus, cpu or cuda:N.")
         if device != "cpu" and int(device.partition(":")[2] or 0) >= gpus:
-            refuse(f"DEVICE={setting}, but torch sees {gpus} GPUs. DEVICE=cpu works too, slowly.")
+            refuse(f"DEVICE={setting}, but torch sees {gpus} GPUs. {remedy}")
     return devices
 
 

@@ -36,14 +36,13 @@ def join(device):
 
     The mesh has one dimension on one machine: "shard". On several it has two: "machine" (of torchrun's --nnodes), over
     which FSDP2 replicates, and "shard" inside each, so that the slow network carries one sum of gradients.
-    device: "auto" | "cuda" | "cpu". Raises: SystemExit if there are too few GPUs or the ranks' links do not add up.
+    device: "auto" | "cuda" | "cpu". Raises: SystemExit if there are too few GPUs, torch cannot use them, or the ranks'
+    links do not add up.
     """
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("Start this script with torchrun: torchrun --nproc-per-node 2 sft_v1.py")
     end_with_launcher()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    if system.choose_device(device, "--device cpu") == "cuda":
         device = set_up_card()
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=BACKSTOP, **rendezvous())
     else:
