@@ -5,7 +5,7 @@ Writes  data/sft_v1/: a `datasets` folder (train, validation), tokenizer/, repor
 
     python prepare_data.py                                   the Genesis mixture
     python prepare_data.py --limit 1000 --data-dir data/try  a quick look at it: 1,000 conversations per source
-    python prepare_data.py --mixture demo/mixture.json       another mixture
+    python prepare_data.py --mixture mixtures/dolci.json     another mixture: those in mixtures/, or your own
     python prepare_data.py --show 2                          print two finished sequences per source
     the same command after a kill                            continues after the last finished source
 
@@ -77,7 +77,8 @@ LIMIT = 0  # for a quick look: train on at most this many conversations per sour
 DEDUPLICATE = "normalised"  # reject later copies: "normalised" ignores case, white space, NFKC | "exact" | "off"
 IDENTITY_PATTERNS = (  # regular expressions (RE2, any letter case) of answers by an assistant that is another model
     r"\b(?:developed|created|trained|made|built|designed) by (?:OpenAI|Anthropic)\b",
-    r"\b(?:I am|I['’]m|my name is) (?:called )?(?:ChatGPT|GPT-?[345]|Claude|Gemini|Llama|Alpaca|Vicuna|Qwen|Tulu)\b",
+    r"\b(?:I am|I['’]m|my name is) (?:called )?"
+    r"(?:ChatGPT|GPT-?[345]|Claude|Gemini|Llama|Alpaca|Vicuna|Qwen|Tulu|OLMo)\b",
     r"\bI(?: am|['’]m| was)[^.\n]*\b(?:language model|chatbot|assistant)[^.\n]* (?:by|from) "
     r"(?:Google|Meta|Microsoft|Mistral|Alibaba|Ai2|the Allen Institute)\b",
     r"\bTülu\b",

@@ -1,7 +1,8 @@
 """A Hugging Face hub on 127.0.0.1: as much of its HTTP API as huggingface_hub and datasets use, with faults.
 
 The clients run unchanged against it (HF_ENDPOINT). Repositories are dicts in memory; `commit_mixture` fills them with
-made-up rows in the layouts and columns of the four hub sources of prepare_data.py's mixture.
+made-up rows in the layouts and columns of the four hub sources of prepare_data.py's mixture, `commit_newer` with those
+of the files in mixtures/.
 """
 
 import hashlib
@@ -308,3 +309,66 @@ def commit_mixture(hub):
         "tulu": hub.commit(TULU, tulu | {"README.md": card(data=300)}),
         "metamath": commit_metamath(hub, 150),
     }
+
+
+# ==== The sources of mixtures/ ====
+
+SMOL_SMOLTALK, TULU_OLMO = "HuggingFaceTB/smol-smoltalk", "allenai/tulu-3-sft-olmo-2-mixture-0225"
+DOLCI = "allenai/Dolci-Instruct-SFT"
+CALLS = [("content", pa.string()), ("function_calls", pa.string()), ("functions", pa.string()), ("role", pa.string())]
+SMOL_SMOLTALK_SCHEMA = pa.schema([("messages", MESSAGES), ("source", pa.string())])
+DOLCI_SCHEMA = pa.schema([("id", pa.string()), ("messages", pa.list_(pa.struct(CALLS)))])
+DOLCI_SCHEMA = DOLCI_SCHEMA.append(pa.field("source_dataset", pa.string())).append(pa.field("domain", pa.string()))
+
+
+def smol_smoltalk_rows(count):
+    """Return rows of smol-smoltalk; every fifth has a system turn."""
+    rows = []
+    for number in range(count):
+        messages = turns(number, "How deep is the lake", "Deep, all in all", "And the river", "Less deep, by far")
+        if number % 5 == 0:
+            messages.insert(0, {"content": "You rewrite text.", "role": "system"})
+        rows.append({"messages": messages, "source": "smol-magpie-ultra-short"})
+    return rows
+
+
+def tulu_olmo_rows(count):
+    """Return rows of the OLMo 2 mixture; every tenth says who OLMo is."""
+    rows = []
+    for number in range(count):
+        row = {
+            "id": f"row_{number}",
+            "messages": turns(number, "Name a river", "The Elbe"),
+            "source": "ai2-adapt-dev/x",
+        }
+        if number % 10 == 1:
+            row["messages"][-1]["content"] = f"I'm OLMo, number {number}, and I am glad to help."
+        rows.append(row)
+    return rows
+
+
+def dolci_rows(count):
+    """Return rows of Dolci; every tenth is a tool's conversation, and every tenth one says who Olmo is."""
+    rows = []
+    for number in range(count):
+        row = {"id": f"row_{number}", "messages": turns(number, "Count the boats", "There are three")}
+        row |= {"source_dataset": "Wildchat", "domain": "Chat"}
+        if number % 10 == 1:
+            row |= {"source_dataset": "Dolci Instruct Tool Use", "domain": "Tool Use"}
+            row["messages"][-1] = {"role": "assistant", "content": None, "function_calls": "count(boats)"}
+            row["messages"].insert(0, {"role": "system", "content": "You can call functions.", "functions": "[count]"})
+            row["messages"] += [{"role": "environment", "content": "3"}, {"role": "assistant", "content": "Three."}]
+        if number % 10 == 2:
+            row |= {"source_dataset": "Hardcoded Data", "domain": "Hardcoded"}
+        rows.append(row)
+    return rows
+
+
+def commit_newer(hub, count):
+    """Commit `count` rows of each source of mixtures/."""
+    for repo, files, rows, schema in (
+        (SMOL_SMOLTALK, 4, smol_smoltalk_rows(count), SMOL_SMOLTALK_SCHEMA),
+        (TULU_OLMO, 6, tulu_olmo_rows(count), TULU_SCHEMA),
+        (DOLCI, 15, dolci_rows(count), DOLCI_SCHEMA),
+    ):
+        hub.commit(repo, shards("data", "train", files, rows, schema) | {"README.md": card(data=count)})

@@ -18,7 +18,7 @@ import datasets
 import huggingface_hub
 import loopback_hub
 import pytest
-from helpers import ROOT, chat, source
+from helpers import ROOT, chat, prepare_args, source
 from huggingface_hub.utils import httpx
 from loopback_hub import METAMATH, OPENHERMES, SMOLTALK, TULU
 
@@ -108,7 +108,7 @@ def test_the_mixture_is_prepared_from_the_hub_and_its_commits_are_never_mixed(hu
         assert f"main is read from the cache, at commit {commit}" in again.stderr
 
 
-# ---- One source ----
+# ---- One source, and the files in mixtures/ ----
 
 FILE = {"hub": METAMATH, "file": "MetaMathQA-395K.json", "schema": "query/response"}
 TABLES = {"hub": SMOLTALK, "config": "smol-magpie-ultra"}
@@ -135,6 +135,35 @@ def waits(hub, tmp_path, monkeypatch):
     seconds = []
     monkeypatch.setattr(time, "sleep", seconds.append)
     return seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "rejected"),
+    [
+        ("smol-smoltalk", set()),
+        ("tulu-3-olmo-2", {"another model's identity"}),
+        ("dolci", {"excluded: domain is Tool Use", "excluded: domain is Hardcoded"}),
+    ],
+)
+def test_each_ready_mixture_reads_its_hub_data_set(hub, waits, tmp_path, small_tokenizer_dir, name, rejected):
+    loopback_hub.commit_newer(hub, 100)
+    mixture = tmp_path / "mixtures" / f"{name}.json"
+    mixture.parent.mkdir()
+    shutil.copy(ROOT / "mixtures" / mixture.name, mixture)
+    rows = [chat(f"Who are you, {n}?", "Genesis, an assistant.") for n in range(60)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "constitutional.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"MIXTURE": str(mixture), "BASE_MODEL": str(small_tokenizer_dir), "DATA_DIR": str(tmp_path / "out")}
+    prepare_data.main(prepare_args(**changes, LIMIT=40, WORKERS=1))
+    first, second = report_of(tmp_path / "out")["sources"]
+    assert first["name"] == "constitutional" and second["name"] == name
+    for line in (first, second):
+        assert line["conversations"] == 40 and line["validation_conversations"] == 4
+    assert set(second["reasons"]) == rejected and len(second["revision"]) == 40
+
+
+def test_every_mixture_is_a_file_that_is_tried_here():
+    assert {path.stem for path in (ROOT / "mixtures").glob("*")} == {"smol-smoltalk", "tulu-3-olmo-2", "dolci"}
 
 
 def read(**fields):

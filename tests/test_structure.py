@@ -21,7 +21,7 @@ ROOT_FILES |= {
     "LICENSE",
     "pyproject.toml",
 }
-FOLDERS = {"sft", "tests", "demo", "benchmarks", "docs"}
+FOLDERS = {"sft", "tests", "demo", "benchmarks", "docs", "mixtures"}
 MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("sft/**/*.py")])
 LONGEST_FUNCTION = 60  # lines, with its docstring
 
