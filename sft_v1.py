@@ -68,6 +68,7 @@ ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third m
 COMMUNICATE = "auto"  # gather and reduce "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
 COMPILE = "off"  # torch.compile on the blocks, fused kernels, same results: "on" | "off"; try it with benchmarks/gpu.py
 COMPUTE_DTYPE = "bfloat16"  # of forward and backward; "float32" is for the tests, on a CPU. Masters are always float32
+DETERMINISTIC = "off"  # on a GPU the same bits each time, slower: "on" | "off": up to the order of sums in attention
 RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
@@ -92,6 +93,7 @@ CHOICES = {
     "COMMUNICATE": ("auto", "per_step", "per_micro_batch"),
     "COMPILE": ("on", "off"),
     "COMPUTE_DTYPE": ("bfloat16", "float32"),
+    "DETERMINISTIC": ("on", "off"),
     "DEVICE": ("auto", "cuda", "cpu"),
 }
 AT_LEAST = {
@@ -547,6 +549,8 @@ def plan_run(args, config, sizes, lengths, device, mesh):
 def run(args, device, mesh, locks):
     """Prepare model, data and state on this rank, continue from a checkpoint if there is one, and train."""
     distributed.heartbeat("loading", patient=True)
+    if args["DETERMINISTIC"] == "on":
+        hardware.compute_deterministically()
     folder = args["CHECKPOINT_DIR"]
     report = dataloader.read_report(args["DATA_DIR"])
     state = open_run(args, report, locks)

@@ -60,6 +60,17 @@ def peak_flops(device, dtype):
     return 2 * size**3 / best
 
 
+def compute_deterministically():
+    """Make torch take only operations that give the same bits each time, before this process's first matmul on a GPU.
+
+    What changes is flash attention's backward, which otherwise adds up the queries' gradients in the order in which its
+    blocks finish; it needs memory for several copies of them. Torch raises RuntimeError for an operation that cannot.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS may take another workspace, and sum otherwise
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.use_deterministic_algorithms(True)
+
+
 def versions():
     """Return the versions, hardware and commit of this process as a dict."""
     command = ["git", "describe", "--always", "--dirty"]
