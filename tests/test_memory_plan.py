@@ -138,7 +138,8 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
     assert "1,000,447,488 parameters" in lines["model"] and "510,577 sequences" in lines["data"]
     assert lines["traffic"].startswith("per_step: 3.0 GB sent per rank and step") and "WARNING" not in lines
     assert "WARNING: the data was prepared with --limit 1000." in result.stdout
-    assert lines["checkpoint"].startswith("11.2 GiB each, 3 kept plus one being written: 45 GiB")
+    assert lines["checkpoint"].startswith("11.2 GiB each, 3 kept, the best and one being written: 56 GiB")
+    assert lines["checkpoint"].endswith("; written beside training from 5.6 GiB of host memory per rank")
     assert not (tmp_path / "checkpoints").exists()
     args = default_settings() | {"PLAN_ONLY": True, "RESIZED_MODEL": str(tmp_path / "base"), "DATA_DIR": "none"}
     with pytest.raises(SystemExit, match="none holds no finished data"):

@@ -215,6 +215,11 @@ def choose(config, sizes, shards, dtype, args, longest, limit):
     return min(plans, key=lambda plan: plan.total)
 
 
+def staging_bytes(sizes, topology):
+    """Return the bytes of host memory into which ASYNC_SAVE copies one rank's weights and moments."""
+    return 12 * sizes.all // topology.shards
+
+
 def sent_per_step(sizes, topology, dtype, communicate, micro_batches):
     """Return the bytes that one rank sends in an optimizer step, in rings: gathers, reductions, the sum over machines.
 
@@ -251,7 +256,10 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
     if topology.machines > 1:
         spread = f", sharded over {topology.shards}, on {topology.machines} machines"
     recompute = "on" if plan.checkpointing else "off"
-    checkpoint, kept = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"]
+    checkpoint, kept, best = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"], int(args["VALIDATE_EVERY"] > 0)
+    saving = "training waits for each save"
+    if args["ASYNC_SAVE"] == "on":
+        saving = f"written beside training from {staging_bytes(sizes, topology) / GIB:.1f} GiB of host memory per rank"
     left_over, epoch = len(lengths) % per_step, ""
     if left_over and total_steps >= dataloader.steps_per_epoch(len(lengths), per_step):
         epoch = f"; {left_over:,} of {len(lengths):,} sequences are left over at the end of each epoch"
@@ -269,8 +277,8 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
         "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; "
         f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s{epoch}",
         "schedule": Schedule.of(args, total_steps).describe(),
-        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept plus one being written: "
-        f"{checkpoint * (kept + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}",
+        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept{', the best' * best} and one being written: "
+        f"{checkpoint * (kept + best + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}; {saving}",
     }
     if plan.total > limit:
         lines["WARNING"] = "the plan does not fit. Use more GPUs, or shorter sequences (prepare_data.py, MAX_SEQ_LEN)"
