@@ -527,8 +527,6 @@ def plan_run(args, config, sizes, lengths, device, mesh):
     world_size = dist.get_world_size()
     topology = memory_plan.Topology(world_size, world_size // mesh.size(-1), device.type)
     limit = hardware.memory(device) - args["RESERVED_GIB"] * memory_plan.GIB
-    if device.type == "cpu" and args["ASYNC_SAVE"] == "on":
-        limit -= memory_plan.staging_bytes(sizes, topology)  # in the same memory
     return distributed.on_rank0(lambda: memory_plan.plan_run(args, config, sizes, lengths, topology, limit))
 
 
@@ -565,7 +563,7 @@ def run(args, device, mesh, locks):
         validator = validation.Validator(model, data["validation"], held_out, log, args)
     stop = distributed.Stop(folder)
     tensors = checkpoint_tensors(model, optimizer)
-    with checkpoints.Saver(args, tensors, device, log, state.step) as saver:
+    with checkpoints.Saver(args, plan.staging > 0, tensors, device, log, state.step) as saver:
         stopped = train(model, optimizer, loader, validator, saver, args, state, log, stop)
     if stopped:
         distributed.on_rank0(lambda: distributed.clear_stop(folder))

@@ -159,9 +159,9 @@ class Record:
 def saver(tmp_path, alone):
     """A function that starts a Saver of `tmp_path`/run for tensors, on this one rank."""
 
-    def start(tensors, **changes):
-        args = {"CHECKPOINT_DIR": str(tmp_path / "run"), "KEEP_CHECKPOINTS": 9, "SAVE_EVERY": 10, "ASYNC_SAVE": "on"}
-        return checkpoints.Saver(args | changes, tensors, torch.device("cpu"), Record(), 0)
+    def start(tensors, beside=True):
+        args = {"CHECKPOINT_DIR": str(tmp_path / "run"), "KEEP_CHECKPOINTS": 9, "SAVE_EVERY": 10}
+        return checkpoints.Saver(args, beside, tensors, torch.device("cpu"), Record(), 0)
 
     return start
 
@@ -249,6 +249,6 @@ def test_a_machine_without_room_for_the_copy_is_refused_and_needs_none_without_i
         saver(tensors)
     sentence = "needs 0.0 GiB of this machine's memory for a copy of the state, 0.0 are free. Free some, or save with"
     assert sentence in capsys.readouterr().err
-    with saver(tensors, ASYNC_SAVE="off") as waiting:
+    with saver(tensors, beside=False) as waiting:
         waiting.save(10, tensors, {}, wait=False)
         assert waiting.last_saved == 10

@@ -213,19 +213,22 @@ class Writing:
 class Saver:
     """Saves a run's checkpoints in a thread of each rank, one at a time: a save waits for the one before it.
 
-    With ASYNC_SAVE "on" the run stops only while its state is copied into host memory ("staged"). The collectives of
-    the thread have a gloo group of their own: those of training go on meanwhile, and must not mix with them.
+    A save beside training stops it only while its state is copied into host memory ("staged"). The collectives of the
+    thread have a gloo group of their own: those of training go on meanwhile, and must not mix with them.
     """
 
-    def __init__(self, args, tensors, device, log, step):
-        """args: the settings; tensors: as for `save`, of the run as it starts; step: that of its last checkpoint."""
+    def __init__(self, args, beside, tensors, device, log, step):
+        """Take the memory for the copies, if saves are to be written `beside` training and not while it waits.
+
+        args: the settings; tensors: as for `save`, of the run as it starts; step: that of its last checkpoint.
+        """
         self.args, self.log, self.last_saved = args, log, step
         self.group = dist.new_group(backend="gloo", timeout=distributed.BACKSTOP)
         self.writing = None  # the Writing in flight
         card = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
         self.thread = ThreadPoolExecutor(1, "save", **card)
         self.stager = None
-        if args["ASYNC_SAVE"] == "on":
+        if beside:
             distributed.on_each_machine(lambda: check_host(tensors))
             self.stager = make_stager(device)
             distributed.run_where(True, lambda: self.reserve(tensors))
