@@ -5,6 +5,7 @@ Writes  exports/sft_v1/: safetensors, config, generation_config, tokenizer with 
         model card README.md.
 
     python export_hf.py                                  the latest whole checkpoint
+    python export_hf.py --checkpoint best                the one with the lowest validation loss
     python export_hf.py --checkpoint step_000500 --export-dir exports/early
     python export_hf.py --verify-only exports/sft_v1     compare an export with its checkpoint again
 
@@ -34,7 +35,7 @@ from sft.training import checkpoints
 
 # ---- Folders ----
 CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of the run, written by sft_v1.py
-CHECKPOINT = "latest"  # "latest" whole checkpoint | a name such as "step_000500" | a checkpoint's folder
+CHECKPOINT = "latest"  # "latest" whole one | "best": lowest validation loss | a name, "step_000500" | its folder
 RESIZED_MODEL = "models/resized"  # folder that the run started from, written by resize_vocab.py
 EXPORT_DIR = "exports/sft_v1"  # folder to write; must be empty or missing
 # ---- Format ----
@@ -79,13 +80,14 @@ def unreadable(state):
 def choose_checkpoint(folder, name):
     """Return (Path, its state) of the checkpoint `name` of the run in `folder`, verified against its manifest.
 
-    name: "latest", the name of a checkpoint in `folder`, or a checkpoint's own folder.
+    name: "latest", "best" (of the lowest validation loss), the name of a checkpoint in `folder`, or its own folder.
     Raises: SystemExit if there is no such whole checkpoint, or its state has not what an export needs.
     """
-    if name == "latest":
-        checkpoint = checkpoints.latest_whole(folder)
+    if name in ("latest", "best"):
+        checkpoint = checkpoints.latest_whole(folder) if name == "latest" else checkpoints.best_whole(folder)
         if checkpoint is None:
-            raise SystemExit(f"{folder} holds no whole checkpoint. Run sft_v1.py first, or name its --checkpoint-dir.")
+            kind = "whole checkpoint" if name == "latest" else "whole checkpoint of a step that was validated"
+            raise SystemExit(f"{folder} holds no {kind}. Run sft_v1.py first, or name its --checkpoint-dir.")
         state = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
     else:
         checkpoint = Path(name) if Path(name).is_dir() else Path(folder) / name

@@ -75,7 +75,8 @@ DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
 PROMPTS = ("Who are you?", "What is 17 + 25?", "Name three fruits.")  # answered at each validation; "" = none
 SAVE_EVERY = 500  # optimizer steps between checkpoints; a failed save is retried then. The last step is always saved
-KEEP_CHECKPOINTS = 3  # latest ones kept; one of Genesis takes 11.2 GiB
+KEEP_CHECKPOINTS = 3  # latest ones kept, and the one with the lowest validation loss; one of Genesis takes 11.2 GiB
+ASYNC_SAVE = "on"  # write beside training, from a copy in host memory (Genesis: 11.2 GiB) | "off": training waits
 COLLECTIVE_TIMEOUT_SECONDS = 300  # seconds a rank may be dead or silent before the others exit; above one micro-batch
 EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time printed at start; 2x RTX 4090 in pretraining
 # ---- Planning without a run ----
@@ -90,6 +91,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after whic
 
 CHOICES = {
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
+    "ASYNC_SAVE": ("on", "off"),
     "COMMUNICATE": ("auto", "per_step", "per_micro_batch"),
     "COMPILE": ("on", "off"),
     "COMPUTE_DTYPE": ("bfloat16", "float32"),
@@ -129,6 +131,7 @@ class State:
     total_steps: int = 0
     step: int = 0  # optimizer steps done
     updates: int = 0  # of them, those that were not skipped
+    validation_loss: float | None = None  # at this step; None where it was not validated
     history: list = field(default_factory=list)  # {"after_step", "changed"} of each time that settings changed
 
 
@@ -221,11 +224,11 @@ def check_folder(folder, state):
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / "run.json").is_file():
+    if not (folder / checkpoints.RUN).is_file():
         if (folder / system.LOCK).is_file():
             return  # a run that was killed before it had written anything
         raise SystemExit(f"{folder} is not empty and holds no run of sft_v1.py. Name another --checkpoint-dir.")
-    stored = system.read_json(folder / "run.json", "sft_v1.py")
+    stored = system.read_json(folder / checkpoints.RUN, "sft_v1.py")
     stored_fingerprints, stored_settings = stored.get("fingerprints"), stored.get("settings")
     then = dict(stored_fingerprints) if isinstance(stored_fingerprints, dict) else {}
     now = dict(state.fingerprints)
@@ -324,25 +327,6 @@ def resume(checkpoint, model, optimizer, state):
     return changed
 
 
-def save(model, optimizer, args, state, log, last_saved):
-    """Write the checkpoint of state.step; if that fails, say so and continue. Returns the last step saved.
-
-    The next try is at the next SAVE_EVERY: where a write fails late, one after each step would stall the run.
-    """
-    distributed.heartbeat(f"saving step {state.step}", patient=True)
-    try:
-        log.sync()
-        tensors = checkpoint_tensors(model, optimizer)
-        path = checkpoints.save(args["CHECKPOINT_DIR"], state.step, tensors, asdict(state), args["KEEP_CHECKPOINTS"])
-    except OSError as error:
-        log.warn(f"no checkpoint since step {last_saved}")
-        log.say(f"WARNING: no checkpoint at step {state.step}, next try in {args['SAVE_EVERY']} steps: {error}")
-        return last_saved
-    log.warn("")
-    log.say(f"saved {path}")
-    return state.step
-
-
 # ==== Training ====
 
 
@@ -403,10 +387,10 @@ def rehearse(model, optimizer, micro_batch, communicate):
     optimizer.zero_grad(set_to_none=True)
 
 
-def train(model, optimizer, loader, validator, args, state, log, stop):
+def train(model, optimizer, loader, validator, saver, args, state, log, stop):
     """Train to state.total_steps or a request to stop; validate and save. The loop of the run.
 
-    validator: validation.Validator, or None without validation. `state` is updated in place.
+    validator: validation.Validator, or None without validation; saver: checkpoints.Saver. `state` is updated in place.
     Returns: whether the run was stopped.
     """
     if validator and state.step == 0:
@@ -414,7 +398,7 @@ def train(model, optimizer, loader, validator, args, state, log, stop):
         log.write({"step": 0} | validator.validate(0))
     total_steps, communicate = state.total_steps, state.plan["communicate"]
     schedule = Schedule.of(args, total_steps)
-    last_saved, skipped, stopped = state.step, 0, False
+    skipped, stopped = 0, False
     start = time.perf_counter()
     for batch in loader.steps(args["SEED"], args["SEQUENCES_PER_STEP"], state.step, total_steps):
         distributed.heartbeat(f"step {state.step + 1}")
@@ -433,14 +417,16 @@ def train(model, optimizer, loader, validator, args, state, log, stop):
         last = state.step == total_steps
         if validator and (state.step % args["VALIDATE_EVERY"] == 0 or last):
             metrics |= validator.validate(state.step)
+        state.validation_loss = metrics.get("validation_loss")
+        saver.check()
         log.write(metrics)
         log.advance(metrics)
         if state.step % args["SAVE_EVERY"] == 0 or last or stopped:
-            last_saved = save(model, optimizer, args, state, log, last_saved)
+            saver.save(state.step, checkpoint_tensors(model, optimizer), asdict(state), wait=last or stopped)
         if stopped:
             break
         start = time.perf_counter()
-    if last_saved != state.step:
+    if saver.last_saved != state.step:
         raise SystemExit("The last checkpoint could not be written. Make room and run the same command again.")
     return stopped
 
@@ -512,9 +498,9 @@ def announce(args, state, report, lines, parameters, changed):
     """Refuse a disk too small for the run, record its state in run.json, and print what will happen (`lines`)."""
     folder = Path(args["CHECKPOINT_DIR"])
     if state.step < state.total_steps:
-        count = max(1, args["KEEP_CHECKPOINTS"] + 1 - len(checkpoints.listed(folder)))
-        checkpoints.check_room(folder, parameters * 12 * count)
-    system.write_whole(folder / "run.json", json.dumps(asdict(state), indent=1) + "\n")
+        most = args["KEEP_CHECKPOINTS"] + 1 + (args["VALIDATE_EVERY"] > 0)  # one being written, and the best
+        checkpoints.check_room(folder, parameters * 12 * max(1, most - len(checkpoints.listed(folder))))
+    checkpoints.write_run(folder, asdict(state))
     if changed:
         print(f"WARNING: settings changed after step {state.step}: {'; '.join(changed)}.")
     dataloader.warn_of_limit(report)
@@ -580,7 +566,10 @@ def run(args, device, mesh, locks):
         held_out = dataloader.PackedLoader(data["validation"], sizes, plan.tokens, device)
         validator = validation.Validator(model, data["validation"], held_out, log, args)
     stop = distributed.Stop(folder)
-    if train(model, optimizer, loader, validator, args, state, log, stop):
+    tensors = checkpoint_tensors(model, optimizer)
+    with checkpoints.Saver(args, plan.staging > 0, tensors, device, log, state.step) as saver:
+        stopped = train(model, optimizer, loader, validator, saver, args, state, log, stop)
+    if stopped:
         distributed.on_rank0(lambda: distributed.clear_stop(folder))
         log.say(f"Stopped after step {state.step}, as requested. To continue, in {Path.cwd()}:")
         log.say(distributed.resume_command())

@@ -4,13 +4,17 @@ bash tests/run.sh tests/test_checkpoints.py
 """
 
 import json
+import math
+import re
 import shutil
+import threading
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers import full_disk
 
-from sft.training import checkpoints
+from sft.training import checkpoints, distributed, hardware
 
 
 @pytest.fixture
@@ -98,3 +102,153 @@ def test_fingerprints_of_another_version_are_one_phrase():
     phrase = "weights: v then, w now; config.json window: 3 then, None now; config.json layers: None then, 2 now"
     assert checkpoints.fingerprint_differences(then, now) == phrase
     assert checkpoints.fingerprint_differences({}, {"data": "d"}) == "data: None then, d now"  # none were kept
+
+
+# ---- The best one ----
+
+
+def save_steps(folder, losses, keep=2):
+    """Save step 10, 20, ... with these validation losses (None: not validated) and values, keeping `keep`."""
+    for number, loss in enumerate(losses, start=1):
+        tensors = {"model.a": torch.full((1000,), float(number))}
+        checkpoints.save(folder, 10 * number, tensors, {"step": 10 * number, "validation_loss": loss}, keep)
+    return [path.name for path in checkpoints.listed(folder)]
+
+
+def test_the_best_is_kept_next_to_the_last_k_until_a_better_one_comes(tmp_path):
+    assert save_steps(tmp_path, [3.0, 2.0, 2.5, None, 2.0, None]) == ["step_000060", "step_000050", "step_000020"]
+    assert checkpoints.best_whole(tmp_path).name == "step_000020"  # of two equal ones, the earlier
+    assert checkpoints.best(tmp_path, 60) == {"checkpoint": "step_000020", "validation_loss": 2.0}
+    for number, loss in ((7, math.nan), (8, 1.9), (9, None), (10, None)):
+        checkpoints.save(tmp_path, 10 * number, {"model.a": torch.zeros(1)}, {"validation_loss": loss}, keep=2)
+    assert [path.name for path in checkpoints.listed(tmp_path)] == ["step_000100", "step_000090", "step_000080"]
+
+
+def test_a_damaged_best_is_skipped_aloud_and_steps_without_validation_have_none(tmp_path, capsys):
+    save_steps(tmp_path, [3.0, 2.0, 2.5, 2.6])
+    flip_a_bit(tmp_path / "step_000020")
+    assert checkpoints.best_whole(tmp_path).name == "step_000030"
+    assert "step_000020 is skipped: " in capsys.readouterr().out
+    (tmp_path / "step_000030" / "state.json").write_text("[1]")
+    assert checkpoints.best(tmp_path, 30)["checkpoint"] == "step_000020"
+    save_steps(tmp_path / "never", [None, None])
+    assert checkpoints.best_whole(tmp_path / "never") is None
+    assert checkpoints.best(tmp_path / "never", 20) == {"checkpoint": None, "validation_loss": None}
+
+
+# ---- Saving beside training ----
+
+
+class Record:
+    """The part of training_log.Log that a Saver uses."""
+
+    def __init__(self):
+        self.said, self.warning = [], ""
+
+    def say(self, text):
+        self.said.append(text)
+
+    def warn(self, text):
+        self.warning = text
+
+    def sync(self):
+        pass
+
+
+@pytest.fixture
+def saver(tmp_path, alone):
+    """A function that starts a Saver of `tmp_path`/run for tensors, on this one rank."""
+
+    def start(tensors, beside=True):
+        args = {"CHECKPOINT_DIR": str(tmp_path / "run"), "KEEP_CHECKPOINTS": 9, "SAVE_EVERY": 10}
+        return checkpoints.Saver(args, beside, tensors, torch.device("cpu"), Record(), 0)
+
+    return start
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Let no write begin before the event that this is."""
+    plain, held = dcp.save, threading.Event()
+
+    def save(*args, **kwargs):
+        assert held.wait(60)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", save)
+    return held
+
+
+def test_a_save_next_to_training_holds_its_step_whatever_training_changes_meanwhile(tmp_path, saver, held):
+    tensors = {"model.a": torch.arange(1000.0), "optimizer.step.a": torch.tensor(1.0)}
+    state = {"step": 10, "validation_loss": 2.5}
+    with saver(tensors) as beside:
+        beside.save(10, tensors, state, wait=False)
+        for tensor in tensors.values():
+            tensor.add_(1)  # the next step, while nothing is written yet
+        beside.check()
+        assert distributed.Progress.text().endswith("step 10 being written") and beside.last_saved == 0
+        assert not (tmp_path / "run" / "step_000010").exists()
+        held.set()
+        beside.save(20, tensors, state | {"step": 20, "validation_loss": None}, wait=True)
+        assert beside.last_saved == 20 and "written" not in distributed.Progress.text()
+    first, best, last = beside.log.said
+    assert (
+        re.search(r"saved .*step_000010 in \d+\.\d{3} s; training stood still for 0\.\d{3} s", first) and "0020" in last
+    )
+    assert best.endswith("step_000010: validation loss 2.5000")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["best"]["checkpoint"] == "step_000010"
+    for step, change in ((10, 0), (20, 1)):
+        wanted = {"model.a": torch.arange(1000.0) + change, "optimizer.step.a": torch.tensor(1.0 + change)}
+        checkpoints.save(tmp_path / "waiting", step, wanted, state, keep=9)
+        ours, theirs = (next((tmp_path / run / f"step_0000{step}").glob("*.distcp")) for run in ("run", "waiting"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp_path, saver, held, monkeypatch):
+    monkeypatch.setattr(checkpoints, "LONG_WAIT", 0.1)
+    tensors = {"model.a": torch.zeros(1000)}
+    with saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=False)
+        threading.Timer(0.3, held.set).start()
+        beside.save(20, tensors, {}, wait=False)
+        assert (tmp_path / "run" / "step_000010").is_dir() and beside.last_saved == 10
+        beside.finish()
+    assert beside.log.said[1] == "step 20: waited 0 s for the save before it; raise SAVE_EVERY."
+    assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
+
+
+def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_path, saver):
+    tensors = {"model.a": torch.zeros(100_000)}
+    with saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=True)
+        with full_disk(10_000):
+            beside.save(20, tensors, {}, wait=False)
+            beside.finish()
+        assert beside.last_saved == 10 and beside.log.warning == "no checkpoint since step 10"
+        assert beside.log.said[-1].startswith("WARNING: no checkpoint at step 20, next try in 10 steps: rank 0: ")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000010"]
+        beside.save(30, tensors, {}, wait=False)
+        beside.finish()
+        assert beside.last_saved == 30 and beside.log.warning == ""
+
+
+def test_a_write_in_flight_becomes_whole_whatever_ends_the_run(tmp_path, saver, held):
+    tensors = {"model.a": torch.zeros(1000)}
+    with pytest.raises(SystemExit), saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=False)
+        threading.Timer(0.2, held.set).start()
+        raise SystemExit("10 steps in a row had no finite loss")
+    assert checkpoints.latest_whole(tmp_path / "run").name == "step_000010"
+
+
+def test_a_machine_without_room_for_the_copy_is_refused_and_needs_none_without_it(saver, monkeypatch, capsys):
+    tensors = {"model.a": torch.zeros(2**20)}
+    monkeypatch.setattr(hardware, "available_memory", lambda: 2**21)
+    with pytest.raises(SystemExit):
+        saver(tensors)
+    sentence = "needs 0.0 GiB of this machine's memory for a copy of the state, 0.0 are free. Free some, or save with"
+    assert sentence in capsys.readouterr().err
+    with saver(tensors, beside=False) as waiting:
+        waiting.save(10, tensors, {}, wait=False)
+        assert waiting.last_saved == 10

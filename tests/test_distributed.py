@@ -125,7 +125,7 @@ def slowly(owner, name, seconds):
         return result
     setattr(owner, name, wrapped)
 slowly(datasets, "load_from_disk", lambda *args: 5 * (rank == 1))
-slowly(dcp, "save", lambda state, checkpoint_id: 25 if "step_000020" in checkpoint_id else 5 * (rank == 0))
+slowly(dcp, "save", lambda *args, checkpoint_id, **more: 25 if "step_000020" in checkpoint_id else 5 * (rank == 0))
 """
     line = train_command(runs, "slow", 2, COLLECTIVE_TIMEOUT_SECONDS=2)
     with running(started_by(tmp_path / "starter.py", slow, line), runs / "slow" / "step_000020.unfinished") as process:

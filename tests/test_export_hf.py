@@ -228,7 +228,7 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     settings |= {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "CHECKPOINT_DIR": "checkpoints/sft_v1"}
     state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1}
     for step in (50, 100):
-        numbers = {"step": step, "updates": step}
+        numbers = {"step": step, "updates": step, "validation_loss": step / 50}
         checkpoints.save(folder / "checkpoints" / "sft_v1", step, tensors, state | numbers, keep=9)
     return folder
 
@@ -286,8 +286,12 @@ def test_the_card_of_an_earlier_checkpoint_tells_its_own_losses(tmp_path, export
     lines = [{"step": 0, "validation_loss": 7}, {"step": 50, "loss": 5}, {"step": 50, "validation_loss": 6}]
     lines += [{"step": 51, "loss": None}, {"step": 100, "loss": 1}, {"step": 100, "validation_loss": 2}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lo')
-    early = (export(CHECKPOINT="step_000050", EXPORT_DIR="early") / "README.md").read_text()
-    assert "last training loss: 5.0000" in early and "7.0000 at first, 6.0000 at last" in early
+    early = (export(CHECKPOINT="best", EXPORT_DIR="early") / "README.md").read_text()
+    assert (
+        "checkpoint `step_000050`" in early
+        and "last training loss: 5.0000" in early
+        and "7.0000 at first, 6.0000 at last" in early
+    )
     path = "checkpoints/sft_v1/step_000100"  # as the shell completes it
     last = (export(CHECKPOINT=path, EXPORT_DIR="last") / "README.md").read_text()
     assert "last training loss: 1.0000" in last and "7.0000 at first, 2.0000 at last" in last
@@ -450,6 +454,10 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path, export):
     for changes, sentence in (
         ({"CHECKPOINT": "step_000050"}, "is not a whole checkpoint: its file"),
         ({"CHECKPOINT": "step_000077"}, "step_000077: no such checkpoint folder"),
+        (
+            {"CHECKPOINT": "best", "CHECKPOINT_DIR": "data"},
+            "data holds no whole checkpoint of a step that was validated",
+        ),
         ({"RESIZED_MODEL": "models/base"}, "models/base is not the base that"),
         ({"DTYPE": "float16"}, "must be bfloat16 or float32"),
         ({"MAX_NEW_TOKENS": 0}, "MAX_NEW_TOKENS is 0; it must be at least 1"),

@@ -138,7 +138,8 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
     assert "1,000,447,488 parameters" in lines["model"] and "510,577 sequences" in lines["data"]
     assert lines["traffic"].startswith("per_step: 3.0 GB sent per rank and step") and "WARNING" not in lines
     assert "WARNING: the data was prepared with --limit 1000." in result.stdout
-    assert lines["checkpoint"].startswith("11.2 GiB each, 3 kept plus one being written: 45 GiB")
+    assert lines["checkpoint"].startswith("11.2 GiB each, 3 kept, the best and one being written: 56 GiB")
+    assert lines["checkpoint"].endswith("; written beside training from 5.6 GiB of host memory per rank")
     assert not (tmp_path / "checkpoints").exists()
     args = default_settings() | {"PLAN_ONLY": True, "RESIZED_MODEL": str(tmp_path / "base"), "DATA_DIR": "none"}
     with pytest.raises(SystemExit, match="none holds no finished data"):
@@ -157,3 +158,21 @@ def test_a_micro_batch_that_does_not_fit_names_the_settings_to_change():
     batch = dataloader.concatenate(list(zip(*sequences(4, 515), strict=True)))
     with pytest.raises(SystemExit, match=r"largest micro-batch \(\d+ tokens\) does not fit .* Raise RESERVED_GIB"):
         sft_v1.rehearse(Full(), None, batch, "per_step")
+
+
+def test_only_a_run_that_saves_before_its_end_plans_memory_for_it_and_on_a_cpu_out_of_the_same():
+    config, lengths = tiny_config(vocab_size=2_000_000), np.full(320, 16)
+    sizes = memory_plan.shapes(config)
+
+    def plan(device, **changes):
+        args = default_settings() | {"WARMUP_STEPS": 1, "SAVE_EVERY": 9} | changes
+        topology = memory_plan.Topology(2, 1, device)
+        plan, *_, lines = memory_plan.plan_run(args, config, sizes, lengths, topology, 2**33)
+        return plan.staging, lines
+
+    staging, lines = plan("cpu")  # 10 steps
+    assert staging == 12 * sizes.all // 2 and "of 7.3 GiB per rank" in lines
+    assert "; written beside training from 0.7 GiB of host memory" in lines
+    for changes in ({"SAVE_EVERY": 10}, {"ASYNC_SAVE": "off"}):
+        assert plan("cpu", **changes)[0] == 0 and "; training waits for each save" in plan("cpu", **changes)[1]
+    assert plan("cuda")[0] == staging and "of 8.0 GiB per rank" in plan("cuda")[1]

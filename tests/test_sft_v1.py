@@ -72,6 +72,10 @@ def test_the_loss_falls_and_the_start_up_lines_say_what_will_happen(runs, two_ra
     assert "32 sequences = about 1,193 real tokens (padded to 63 each, it would be 2,016 slots" in stdout
     assert "30 steps" in stdout and "start      from the base" in stdout
     assert [path.name for path in checkpoints.listed(two_ranks)] == [f"step_0000{n}0" for n in (3, 2, 1)]
+    best = min(lines[10::10], key=lambda line: line["validation_loss"])
+    named = {"checkpoint": checkpoints.checkpoint_name(best["step"]), "validation_loss": best["validation_loss"]}
+    assert json.loads((two_ranks / "run.json").read_text())["best"] == named
+    assert f"best  {two_ranks}/{named['checkpoint']}: validation loss" in stdout
     assert (two_ranks / "loss.png").stat().st_size > 10_000
     assert list((two_ranks / "tensorboard").iterdir())
     state = checkpoints.verify(two_ranks / "step_000030")
@@ -286,14 +290,14 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_ends_with_a_sentence(runs, 
     resource.setrlimit(resource.RLIMIT_FSIZE, (600 * 1024, hard))  # bytes of the largest file
     try:
         with pytest.raises(SystemExit, match=r"The last checkpoint could not be written\. Make room"):
-            run_alone(alone, runs, "full", MAX_STEPS=12, SAVE_EVERY=1)
+            run_alone(alone, runs, "full", MAX_STEPS=13, SAVE_EVERY=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "WARNING: no checkpoint at step 11, next try in 1 steps" in capsys.readouterr().out
     assert metrics(runs / "full")[-1]["warning"] == "no checkpoint since step 10"
     assert checkpoints.latest_whole(runs / "full").name == "step_000010"
     assert not list((runs / "full").glob("*.unfinished"))
-    run_alone(alone, runs, "full", MAX_STEPS=12)
+    run_alone(alone, runs, "full", MAX_STEPS=13)
     assert "continue" in capsys.readouterr().out
 
 

@@ -42,3 +42,17 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_line_behind(log, tmp
     log(0).write({"step": 0, "validation_loss": 3.0})
     log(0).write({"step": 0, "validation_loss": 3.0})
     assert (tmp_path / "metrics.jsonl").read_text().count("validation_loss") == 1
+
+
+def test_a_validation_loss_that_rises_three_times_in_a_row_is_warned_about_once_also_after_a_restart(log, capsys):
+    def validate(record, losses, first):
+        for number, loss in enumerate(losses):
+            record.write({"step": first + 10 * number, "loss": 1.0, "validation_loss": loss})
+        return capsys.readouterr().out.count("has risen 3 times in a row")
+
+    assert validate(log(0), [3.0, 2.0, 2.1, 2.05, 2.2, 2.3], 0) == 0
+    again = log(50)
+    assert validate(again, [2.4], 60) == 1
+    assert validate(again, [2.5, 2.6], 70) == 0  # the same rise
+    assert validate(log(80), [2.7, 1.0, 1.1, 1.2], 90) == 0
+    assert validate(log(120), [1.3, 1.4], 130) == 1

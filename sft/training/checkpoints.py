@@ -1,28 +1,37 @@
-"""The checkpoint protocol: stage, manifest, rename, verify, latest whole one.
+"""The checkpoint protocol: copy, write, manifest, rename, verify, the latest whole one and the best.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `state.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
 `step_NNNNNN.unfinished`, made durable, and renamed last, so a folder without a manifest that matches does not exist for
-resume. The manifest shows damage, not who wrote the folder: whoever changes a file can change its digest there, too.
+resume. `Saver` does that beside training. The best checkpoint is the one whose `state.json` has the lowest validation
+loss; it is recorded nowhere else, so no kill can tear that apart. The manifest shows damage, not who wrote the folder:
+whoever changes a file can change its digest there, too.
 DCP's `.metadata` is a pickle, which could run any program, so every script reads it through `Reader`.
 """
 
 import json
+import math
 import os
 import pickle
 import re
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from sft import system
-from sft.training import distributed
+from sft.training import distributed, hardware
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+RUN = "run.json"  # of the run's folder
+LONG_WAIT = 1.0  # seconds that a save may wait for the one before it without a word
 SHOWN_DIFFERENCES = 6  # of fingerprints, in a message
 OTHER_VERSION = "another version of this suite wrote it"
 
@@ -39,66 +48,111 @@ def step_of(checkpoint):
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def listed(folder):
-    """Return the Paths of the `step_NNNNNN` folders in `folder`, latest first, whole or not."""
+def listed(folder, last=math.inf):
+    """Return the Paths of the `step_NNNNNN` folders in `folder` up to step `last`, latest first, whole or not."""
     checkpoints = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}", path.name)]
-    return sorted(checkpoints, key=step_of, reverse=True)
+    return sorted((path for path in checkpoints if step_of(path) <= last), key=step_of, reverse=True)
+
+
+# ==== The best one ====
+
+
+def loss_of(checkpoint):
+    """Return the validation loss at the step of a checkpoint folder: a finite float, or None without a readable one."""
+    try:
+        loss = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("validation_loss")
+    except (*system.JSON_ERRORS, AttributeError):  # a save of a killed run that is half deleted, JSON of another shape
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def by_loss(checkpoints):
+    """Return those of `checkpoints` (Paths) that were validated, lowest loss first; of two equal ones, the earlier."""
+    validated = [path for path in checkpoints if loss_of(path) is not None]
+    return sorted(validated, key=lambda path: (loss_of(path), step_of(path)))
+
+
+def best(folder, step):
+    """Return {"checkpoint": name, "validation_loss": float} of the best checkpoint up to `step`; None, None without."""
+    first = next(iter(by_loss(listed(folder, step))), None)
+    return {"checkpoint": first and first.name, "validation_loss": first and loss_of(first)}
+
+
+def write_run(folder, state):
+    """Write run.json: `state` (dict) and the best checkpoint, as the folder has it; return `best`. Raises: OSError."""
+    found = best(folder, state["step"])
+    system.write_whole(Path(folder) / RUN, json.dumps(state | {"best": found}, indent=1) + "\n")
+    return found
 
 
 # ==== Saving ====
 
 
-def save(folder, step, tensors, state, keep):
-    """Write the checkpoint of `step` into `folder` and delete all but the latest `keep`. All ranks call it.
+def save(folder, step, tensors, state, keep, group=None):
+    """Write the checkpoint of `step` into `folder`; delete all but the latest `keep` and the best. All ranks call it.
 
-    tensors: flat dict of str to DTensor or tensor; each rank writes its own shards, nothing is gathered.
-    state: dict for `state.json`.
+    tensors: flat dict of str to DTensor or tensor; each rank writes and hashes its own shards, nothing is gathered.
+    state: dict for `state.json`; group: the process group of the collectives, None for the default one.
     Folders of later steps are left alone and not counted: the run was not continued from them, so they are not whole.
     Returns: Path of the finished checkpoint. Raises: OSError, with the older checkpoints untouched, if a write fails.
     """
     final = Path(folder) / checkpoint_name(step)
     staging = system.unfinished(final)
-    rank0 = not dist.is_initialized() or dist.get_rank() == 0
+    rank = dist.get_rank() if dist.is_initialized() else 0
 
     def prepare():
-        if rank0:
+        if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
+    def write():
+        dcp.save(tensors, checkpoint_id=str(staging), process_group=group)  # each file is on the disk now
+        return manifest_entries(staging.glob(f"__{rank}_*"))
+
     def finish():
-        if rank0:
-            seal(staging, state)
+        if rank == 0:
+            seal(staging, state, entries)
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
             system.durable(final.parent)
             delete_old(folder, step, keep)
 
     try:
-        distributed.together(prepare)
-        distributed.together(lambda: dcp.save(tensors, checkpoint_id=str(staging)))
-        distributed.together(finish)
+        distributed.together(prepare, group)
+        entries = {name: entry for shards in distributed.together(write, group) for name, entry in shards.items()}
+        distributed.together(finish, group)
     except OSError:
-        if rank0:
+        if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)  # its bytes may be what fills the disk
         raise
     return final
 
 
-def seal(staging, state):
-    """Write `state` and the manifest into the folder `staging`, and put all of it on the disk."""
+def manifest_entries(paths):
+    """Return {file name: [bytes, SHA-256]} of the files `paths`."""
+    return {path.name: [path.stat().st_size, system.sha256(path)] for path in sorted(paths)}
+
+
+def seal(staging, state, entries):
+    """Write `state` and the manifest into the folder `staging`, and put all of it on the disk.
+
+    entries: of `manifest_entries` for the files that the ranks have hashed; the others are hashed here.
+    """
     (staging / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    entries = {path.name: [path.stat().st_size, system.sha256(path)] for path in sorted(staging.iterdir())}
+    entries = entries | manifest_entries(path for path in staging.iterdir() if path.name not in entries)
     (staging / MANIFEST).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     for path in [*staging.iterdir(), staging]:
         system.durable(path)
 
 
 def delete_old(folder, step, keep):
-    """Delete all but the latest `keep` checkpoints up to `step`."""
-    up_to_now = [path for path in listed(folder) if step_of(path) <= step]
-    for path in up_to_now[keep:]:
-        shutil.rmtree(path)
+    """Delete the checkpoints up to `step`, but for the latest `keep` and the best."""
+    up_to_now = listed(folder, step)
+    kept = {*up_to_now[:keep], *by_loss(up_to_now)[:1]}
+    for path in up_to_now:
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def check_room(folder, size):
@@ -118,6 +172,147 @@ def clear_unfinished(folder):
             path.unlink()
         else:
             shutil.rmtree(path)
+
+
+# ==== Saving beside training ====
+
+
+def check_host(tensors):
+    """Raise SystemExit unless this machine's memory has room for the copies of `tensors` of all ranks on it."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values()]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    need, free = ranks * sum(t.numel() * t.element_size() for t in local), hardware.available_memory()
+    if free < need:
+        raise SystemExit(
+            f"Saving beside training needs {need / 2**30:.1f} GiB of this machine's memory for a copy of the state, "
+            f"{free / 2**30:.1f} are free. Free some, or save with the run waiting: --async-save off."
+        )
+
+
+def make_stager(device):
+    """Return DCP's stager: it copies a state into host memory, pinned for a GPU, and keeps that memory."""
+    gpu = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+        )
+    )
+
+
+@dataclass
+class Writing:
+    """A save whose write has begun."""
+
+    step: int
+    state: dict
+    future: Future  # of (Path of the checkpoint, time.perf_counter() at its end)
+    start: float  # time.perf_counter()
+    stopped: float = 0.0  # seconds for which training stood still
+
+
+class Saver:
+    """Saves a run's checkpoints in a thread of each rank, one at a time: a save waits for the one before it.
+
+    A save beside training stops it only while its state is copied into host memory ("staged"). The collectives of the
+    thread have a gloo group of their own: those of training go on meanwhile, and must not mix with them.
+    """
+
+    def __init__(self, args, beside, tensors, device, log, step):
+        """Take the memory for the copies, if saves are to be written `beside` training and not while it waits.
+
+        args: the settings; tensors: as for `save`, of the run as it starts; step: that of its last checkpoint.
+        """
+        self.args, self.log, self.last_saved = args, log, step
+        self.group = dist.new_group(backend="gloo", timeout=distributed.BACKSTOP)
+        self.writing = None  # the Writing in flight
+        card = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self.thread = ThreadPoolExecutor(1, "save", **card)
+        self.stager = None
+        if beside:
+            distributed.on_each_machine(lambda: check_host(tensors))
+            self.stager = make_stager(device)
+            distributed.run_where(True, lambda: self.reserve(tensors))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()  # whatever ended the run, a write in flight becomes whole
+
+    def reserve(self, tensors):
+        """Stage `tensors` once, so that too little memory shows now and not at the first save."""
+        try:
+            self.stager.stage(tensors)
+        except RuntimeError as error:
+            raise SystemExit(f"No host memory for saving beside training ({error}): --async-save off.") from None
+
+    def save(self, step, tensors, state, wait):
+        """Save the checkpoint of `step`; return when its state is staged, or with `wait` when it is whole or failed.
+
+        state: dict for `state.json`. A failed save is reported and leaves `last_saved` as it is. The next try is at the
+        next SAVE_EVERY: where a write fails late, one after each step would stall the run.
+        """
+        start = time.perf_counter()
+        distributed.heartbeat(f"saving step {step}", patient=True)
+        self.finish()
+        waited = time.perf_counter() - start
+        if waited > LONG_WAIT and not wait:
+            self.log.say(f"step {step}: waited {waited:.0f} s for the save before it; raise SAVE_EVERY.")
+        beside = self.stager is not None and not wait
+        if beside:
+            tensors = self.stager.stage(tensors)
+        self.writing = Writing(step, state, self.thread.submit(self.write, step, tensors, state), start)
+        distributed.beside(f"step {step} being written")
+        if not beside:
+            self.writing.future.exception()  # waits
+        self.writing.stopped = time.perf_counter() - start
+        if not beside:
+            self.report()
+
+    def write(self, step, tensors, state):
+        """Write the checkpoint, after the record up to its step is on the disk. Runs in the thread."""
+        self.log.sync()
+        folder, keep = self.args["CHECKPOINT_DIR"], self.args["KEEP_CHECKPOINTS"]
+        return save(folder, step, tensors, state, keep, self.group), time.perf_counter()
+
+    def check(self):
+        """Report the write in flight if it has ended."""
+        if self.writing and self.writing.future.done():
+            self.report()
+
+    def finish(self):
+        """Wait for the write in flight, if there is one, and report it."""
+        if self.writing:
+            self.writing.future.exception()  # waits
+            self.report()
+
+    def report(self):
+        """Say what came of the write that has ended, and record in run.json which checkpoint is the best."""
+        writing, self.writing = self.writing, None
+        distributed.beside("")
+        try:
+            path, end = writing.future.result()
+        except OSError as error:
+            self.log.warn(f"no checkpoint since step {self.last_saved}")
+            every = self.args["SAVE_EVERY"]
+            self.log.say(f"WARNING: no checkpoint at step {writing.step}, next try in {every} steps: {error}")
+            return
+        self.last_saved = writing.step
+        self.log.warn("")
+        self.log.say(f"saved {path} in {end - writing.start:.3f} s; training stood still for {writing.stopped:.3f} s")
+        if writing.state.get("validation_loss") is not None:
+            self.record_best(path.parent, writing)
+
+    def record_best(self, folder, writing):
+        """Name the best checkpoint up to a validated step in the log and in run.json, on rank 0."""
+        if dist.get_rank() != 0:
+            return
+        try:
+            name, loss = write_run(folder, writing.state).values()
+            if name:
+                self.log.say(f"best  {folder}/{name}: validation loss {loss:.4f}")
+        except OSError as error:
+            self.log.say(f"WARNING: {RUN} does not name the best checkpoint: {error}")
 
 
 # ==== Reading ====
@@ -240,7 +435,17 @@ def verify(checkpoint):
 
 def latest_whole(folder, say=print):
     """Return the Path of the latest whole checkpoint in `folder`, or None. `say` gets a line for each one skipped."""
-    for checkpoint in listed(folder):
+    return first_whole(listed(folder), say)
+
+
+def best_whole(folder, say=print):
+    """Return the Path of the whole checkpoint in `folder` with the lowest validation loss, or None; as latest_whole."""
+    return first_whole(by_loss(listed(folder)), say)
+
+
+def first_whole(checkpoints, say):
+    """Return the first whole one of `checkpoints` (Paths), or None. `say` gets a line for each one skipped."""
+    for checkpoint in checkpoints:
         problem = defect(checkpoint)
         if problem is None:
             return checkpoint

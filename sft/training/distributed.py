@@ -123,12 +123,15 @@ def end_with_launcher():
 # ==== What all ranks do together ====
 
 
-def on_every_rank(value):
-    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it."""
+def on_every_rank(value, group=None):
+    """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it.
+
+    group: the process group that carries it, of all ranks: in another thread than training's, one of its own.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -160,17 +163,21 @@ def run_where(here, action):
     return [result for result, _ in answers]
 
 
-def together(action):
-    """Run `action()` on every rank; if it fails anywhere, raise OSError with every rank's reason on all of them."""
-    reason = None
+def together(action, group=None):
+    """Run `action()` on every rank; return the list of their results (small picklable objects), in rank order.
+
+    If it fails anywhere, raise OSError with every rank's reason on all of them. group: as in `on_every_rank`.
+    """
+    result = reason = None
     try:
         result = action()
     except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
         reason = f"{type(error).__name__}: {error}"
-    reasons = [f"rank {rank}: {text}" for rank, text in enumerate(on_every_rank(reason)) if text]
+    answers = on_every_rank((result, reason), group)
+    reasons = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
     if reasons:
         raise OSError("; ".join(reasons))
-    return result
+    return [result for result, _ in answers]
 
 
 def end_all(sentence):
@@ -256,13 +263,14 @@ def resume_command():
 
 
 class Progress:
-    """What this rank is doing, for `Watchdog`: set by `heartbeat`, read from the watching thread."""
+    """What this rank is doing, for `Watchdog`: set by `heartbeat` and `beside`, read from the watching thread."""
 
     phase, part, patient, count = "start", "", True, 0
+    beside = ""  # what another thread of this rank does meanwhile
 
     @classmethod
     def text(cls):
-        return f"{cls.phase}, {cls.part}" if cls.part else cls.phase
+        return ", ".join(text for text in (cls.phase, cls.part, cls.beside) if text)
 
 
 def heartbeat(phase=None, part="", patient=False):
@@ -274,6 +282,11 @@ def heartbeat(phase=None, part="", patient=False):
         Progress.phase, Progress.patient = phase, patient
     Progress.part = part
     Progress.count += 1
+
+
+def beside(text):
+    """Report what another thread of this rank does from now on, beside the phases of training; "" ends it."""
+    Progress.beside = text
 
 
 @dataclass

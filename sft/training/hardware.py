@@ -36,6 +36,15 @@ def memory(device):
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def available_memory():
+    """Return the bytes of this machine's memory that programs can still take, as Linux estimates; inf elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+
+
 def peak_gib(device):
     """Return the most GiB that this rank has used so far: GPU memory in tensors, or on a CPU the whole process."""
     if device.type == "cuda":

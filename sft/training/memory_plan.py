@@ -5,6 +5,7 @@ a tensor has a shape and no memory, and runs one forward and backward of the lar
 """
 
 import copy
+import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ class Plan:
     gathered: int  # parameters in the compute dtype
     gradients: int  # unsharded ones, or the shard that they are reduced to, and the buffers of the reduction
     activations: int  # the most that one forward and backward holds
+    staging: int = 0  # of host memory, for saves beside training; not in the total
 
     @property
     def total(self):
@@ -215,6 +217,16 @@ def choose(config, sizes, shards, dtype, args, longest, limit):
     return min(plans, key=lambda plan: plan.total)
 
 
+def staging_bytes(args, sizes, topology, total_steps):
+    """Return the bytes of host memory into which a save beside training copies one rank's weights and moments.
+
+    0 if training waits for each save: with ASYNC_SAVE "off", or if the only one is the last.
+    """
+    if args["ASYNC_SAVE"] == "off" or args["SAVE_EVERY"] >= total_steps:
+        return 0
+    return 12 * sizes.all // topology.shards
+
+
 def sent_per_step(sizes, topology, dtype, communicate, micro_batches):
     """Return the bytes that one rank sends in an optimizer step, in rings: gathers, reductions, the sum over machines.
 
@@ -251,7 +263,10 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
     if topology.machines > 1:
         spread = f", sharded over {topology.shards}, on {topology.machines} machines"
     recompute = "on" if plan.checkpointing else "off"
-    checkpoint, kept = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"]
+    checkpoint, kept, best = sizes.all * 12 / GIB, args["KEEP_CHECKPOINTS"], int(args["VALIDATE_EVERY"] > 0)
+    saving = "training waits for each save"
+    if plan.staging:
+        saving = f"written beside training from {plan.staging / GIB:.1f} GiB of host memory per rank"
     left_over, epoch = len(lengths) % per_step, ""
     if left_over and total_steps >= dataloader.steps_per_epoch(len(lengths), per_step):
         epoch = f"; {left_over:,} of {len(lengths):,} sequences are left over at the end of each epoch"
@@ -269,8 +284,8 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
         "run": f"{total_steps:,} steps, about {total_steps * real:,.0f} tokens; "
         f"{total_steps * real / speed / 3600:.1f} h at {speed:,} tokens/s{epoch}",
         "schedule": Schedule.of(args, total_steps).describe(),
-        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept plus one being written: "
-        f"{checkpoint * (kept + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}",
+        "checkpoint": f"{checkpoint:.1f} GiB each, {kept} kept{', the best' * best} and one being written: "
+        f"{checkpoint * (kept + best + 1):.0f} GiB of disk in {args['CHECKPOINT_DIR']}; {saving}",
     }
     if plan.total > limit:
         lines["WARNING"] = "the plan does not fit. Use more GPUs, or shorter sequences (prepare_data.py, MAX_SEQ_LEN)"
@@ -288,7 +303,11 @@ def plan_run(args, config, sizes, lengths, topology, limit):
     one_epoch = dataloader.steps_per_epoch(len(lengths), per_step)
     total_steps = args["MAX_STEPS"] or args["EPOCHS"] * one_epoch
     dtype = getattr(torch, args["COMPUTE_DTYPE"])
+    staging = staging_bytes(args, sizes, topology, total_steps)
+    if topology.device == "cpu":
+        limit -= staging  # it is the same memory
     plan = choose(config, sizes, topology.shards, dtype, args, int(lengths.max()), limit)
+    plan = dataclasses.replace(plan, staging=staging)
     costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
     steps = min(one_epoch, total_steps)
     survey = dataloader.survey(lengths, topology.ranks, plan.tokens, costs, seed, steps, per_step)

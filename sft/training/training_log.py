@@ -4,6 +4,7 @@ Used by sft_v1.py.
 """
 
 import io
+import itertools
 import json
 import math
 import statistics
@@ -22,6 +23,7 @@ RECORDS = ("metrics", "skipped", "spikes", "answers")
 SPIKE_SIGMA = 6.0  # standard deviations above the mean of the last losses from which a loss is a spike
 SPIKE_WINDOW = 200  # losses that a spike is compared with
 SPIKE_LEAST = 20  # fewer losses say nothing yet
+RISES = 3  # validations in a row with a higher loss than the one before, from which the loss is said to rise
 BAR = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "mfu": ".0%"}  # shown at the bar
 
 
@@ -46,6 +48,7 @@ class Log:
             self.drop_after(name, step)
         losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
+        self.validated = [line for line in self.read("metrics") if line.get("validation_loss") is not None]
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -126,6 +129,8 @@ class Log:
         if self.warning:
             line = line | {"warning": self.warning}
         line = self.append("metrics", line)
+        if line.get("validation_loss") is not None:
+            self.check_rising(line)
         try:
             for name, value in line.items():
                 if name not in ("step", "warning") and value is not None:
@@ -155,6 +160,19 @@ class Log:
                     "spikes.jsonl."
                 )
         self.losses.append(line["loss"])
+
+    def check_rising(self, line):
+        """Print, once for each rise, that the validation loss has risen RISES times in a row up to `line`."""
+        self.validated.append(line)
+        losses = [line["validation_loss"] for line in self.validated]
+        rising = [later > earlier for earlier, later in itertools.pairwise(losses)]
+        if rising[-RISES:] == [True] * RISES and rising[-RISES - 1 : -RISES] != [True]:
+            first = self.validated[-RISES - 1]
+            self.say(
+                f"WARNING: the validation loss has risen {RISES} times in a row, from {losses[-RISES - 1]:.4f} at step "
+                f"{first['step']} to {losses[-1]:.4f} at step {line['step']}. The best checkpoint is kept: stop here "
+                "and export it with --checkpoint best; another time, fewer EPOCHS or a lower LEARNING_RATE."
+            )
 
     @staticmethod
     def summary(line, indices):

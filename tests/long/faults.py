@@ -5,10 +5,11 @@ Writes  a temporary folder, removed at the end, and one line per fault.
     python tests/long/faults.py                 200 kills, about 20 minutes on two CPU cores
     python tests/long/faults.py --quick         8 kills
 
-A small random Llama trains on two CPU processes and saves every other step. It is killed at chosen points of a run and
-at random times: one rank, all of them, or the launcher. Then the same command is started again. Some finished
-checkpoints are damaged in between. After each kill the latest whole checkpoint must be at least the one before the
-kill, and every checkpoint must equal, byte for byte, the one that an uninterrupted run wrote at that step.
+A small random Llama trains on two CPU processes and saves every other step, beside training. It is killed at chosen
+points of a run and at random times: one rank, all of them, or the launcher. Then the same command is started again.
+Some finished checkpoints are damaged in between. After each kill the latest whole checkpoint must be at least the one
+before the kill, the one with the lowest validation loss must still be there, and every checkpoint must equal, byte for
+byte, the one that an uninterrupted run wrote at that step. That run saves while training waits.
 
 Most runs are forked from this process, which has imported torch already: `Launcher` plays torchrun and does to the
 ranks what torchrun does. One run in twenty goes through torchrun itself.
@@ -29,14 +30,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import common  # puts the suite on the path
 
 import sft_v1
-from sft import settings
+from sft import settings, system
 from sft.training import checkpoints, dataloader, distributed
 from sft.training import model as sft_model
 
@@ -80,7 +83,7 @@ def in_a_child(action):
         raise SystemExit("The input of the runs could not be made.")
 
 
-def flags(folder, output, steps, save_every, keep=3):
+def flags(folder, output, steps, save_every, keep=3, async_save="on"):
     """Return the trainer's flags for a run of `folder`'s base and data into `folder`/`output`."""
     chosen = {
         "--data-dir": folder / "data",
@@ -89,6 +92,7 @@ def flags(folder, output, steps, save_every, keep=3):
         "--max-steps": steps,
         "--save-every": save_every,
         "--keep-checkpoints": keep,
+        "--async-save": async_save,
         "--validate-every": 10,
         "--warmup-steps": 3,
         "--sequences-per-step": 8,
@@ -128,6 +132,15 @@ def staged(path, *_):
     return path.name.startswith("step_") and path.name.endswith(".unfinished")
 
 
+def passed_start(*_):
+    """Return True for each staging but the first, which takes the memory at the start of a run."""
+    passed_start.calls += 1
+    return passed_start.calls > 1
+
+
+passed_start.calls = 0
+
+
 def half_deleted(strike):
     """Have the deletion of an old checkpoint take one file away, then strike."""
     plain = shutil.rmtree
@@ -144,14 +157,21 @@ def half_deleted(strike):
 
 # Point -> (the rank in which it is reached, what installs it there)
 POINTS = {
-    "before a save": (0, wrap(checkpoints, "save", lambda *a: True)),
+    "as the write begins": (0, wrap(checkpoints, "save", lambda *a: True)),
     "between the files of a save": (1, wrap(dcp.FileSystemWriter, "write_data", lambda *a: True)),
+    "inside one rank's file": (1, wrap(torch, "save", lambda *a: True)),
     "after one rank's file": (0, wrap(dcp.FileSystemWriter, "write_data", lambda *a: True, before=False)),
+    "while a rank hashes its file": (1, wrap(system, "sha256", lambda path: ".unfinished/__1_" in str(path))),
+    "between the writes and the state": (0, wrap(checkpoints, "seal", lambda *a: True)),
     "before the marker": (0, wrap(Path, "write_text", lambda path, *a, **k: path.name == checkpoints.MANIFEST)),
     "after the marker": (0, wrap(Path, "write_text", lambda path, *a, **k: path.name == checkpoints.MANIFEST, False)),
     "before the rename": (0, wrap(Path, "rename", staged)),
     "after the rename": (0, wrap(Path, "rename", staged, before=False)),
     "while an old checkpoint is deleted": (0, half_deleted),
+    "before a save": (0, wrap(DefaultStager, "stage", passed_start)),
+    "after staging": (1, wrap(DefaultStager, "stage", passed_start, before=False)),
+    "while a save is waited for": (0, wrap(checkpoints.Saver, "finish", lambda saver: bool(saver.writing))),
+    "as a save is reported": (0, wrap(checkpoints.Saver, "report", lambda saver: True)),
     "while run.json is written": (0, wrap(Path, "replace", lambda path, target: path.name == "run.json.unfinished")),
     "while metrics.jsonl is written": (
         0,
@@ -398,10 +418,11 @@ class Check:
         self.pending = None  # (checkpoint that was damaged, the one before it)
         in_a_child(lambda: make_input(folder))
         started = time.monotonic()
-        if Launcher(flags(folder, "whole", steps, save_every, keep=steps), self.log).wait():
+        if Launcher(flags(folder, "whole", steps, save_every, keep=steps, async_save="off"), self.log).wait():
             raise SystemExit(f"The uninterrupted run failed: {self.log.read_text()[-3000:]}")
         self.seconds = time.monotonic() - started
         self.whole = {path.name: digests(path) for path in checkpoints.listed(folder / "whole")}
+        self.losses = {path.name: checkpoints.loss_of(path) for path in checkpoints.listed(folder / "whole")}
 
     @property
     def run(self):
@@ -447,7 +468,8 @@ class Check:
         staging = list(self.run.glob("step_*.unfinished"))
         unfinished = staging or "after the rename" in what or "deleted" in what
         self.counts["saves_interrupted"] += bool(code and unfinished)
-        self.counts["lost"] += behind
+        missing = left and self.missing_best(left)
+        self.counts["lost"] += behind or bool(missing)
         wrong = [p.name for p in checkpoints.listed(self.run) if not checkpoints.defect(p) and self.differs(p)]
         self.counts["wrong"] += len(wrong)
         took = re.findall(r"^continue .*/(step_\d+)", text, re.MULTILINE)
@@ -456,13 +478,20 @@ class Check:
             wrong.append(f"took {took[0]} instead of {before}")
         print(
             f"{self.counts['kills']:4}  {what}: exit {code}, {left.name if left else 'no checkpoint'}"
-            f"{' LOST ' + str(before) if behind else ''}{' WRONG ' + str(wrong) if wrong else ''}",
+            f"{' LOST ' + str(before) if behind else ''}{' LOST the best, ' + missing if missing else ''}"
+            f"{' WRONG ' + str(wrong) if wrong else ''}",
             flush=True,
         )
-        if behind or wrong:
+        if behind or missing or wrong:
             print(text[-3000:])
         if code == 0:
             self.finish()
+
+    def missing_best(self, latest):
+        """Return the name of the best checkpoint up to `latest` if it is not there and whole, else None."""
+        losses = {name: loss for name, loss in self.losses.items() if loss is not None and name <= latest.name}
+        best = min(losses, key=losses.get, default=None)
+        return best if best and checkpoints.defect(self.run / best) else None
 
     def differs(self, checkpoint):
         return digests(checkpoint) != self.whole[checkpoint.name]
@@ -518,7 +547,7 @@ def check(folder, kills, steps, save_every, seed, through_torchrun):
         elif turn % 3 == 2:
             check.kill(None, check.rng.choice(VICTIMS))
         else:
-            point = list(POINTS)[turn * 2 // 3 % len(POINTS)]
+            point = list(POINTS)[(turn // 3 * 2 + turn % 3) % len(POINTS)]
             passes = 1 if point in ONCE else check.rng.choice((1, 1, 2, 3))
             check.kill(point, check.rng.choice(("itself", "all", "launcher")), passes)
         if check.rng.random() < 0.3:
