@@ -111,6 +111,20 @@ def test_one_rank_computes_the_same_steps_with_other_settings_of_speed(runs, two
     assert_same_steps(runs / "single", two_ranks)
 
 
+def test_a_deterministic_run_takes_only_operations_that_repeat_their_bits(runs, alone, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    short = {"MAX_STEPS": 4, "VALIDATE_EVERY": 0}
+    run_alone(alone, runs, "plain", **short)
+    try:
+        run_alone(alone, runs, "deterministic", DETERMINISTIC="on", **short)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert metrics(runs / "deterministic") == metrics(runs / "plain")  # a CPU repeats its bits anyway
+
+
 @pytest.mark.torchrun
 def test_a_run_continues_on_another_number_of_ranks(runs, two_ranks, alone, monkeypatch):
     go_back(two_ranks, runs / "relay", 10)
