@@ -30,13 +30,14 @@ import torch
 
 import sft_v1
 from sft import settings, system
+from sft.training import memory_plan
 
 # ---- Runs ----
 RANKS = 0  # cards, one rank on each; 0 = all
 STEPS = 20  # optimizer steps of a run
 SEQUENCES_PER_STEP = 32  # sequences
 PEERS = False  # run TRL and the padded recipe, too
-ROW_SECONDS = 600  # after which a run is ended
+ROW_SECONDS = 300  # after which a run is ended
 QUICK = False  # a tiny shape on two CPU ranks, 4 steps of 8 sequences, the first two runs only
 # ---- What the plan assumes ----
 COPY_GB_PER_SECOND = 10.0  # 1e9 bytes/s from a card to host memory, over PCIe 4.0 x8
@@ -55,7 +56,6 @@ OURS = {  # name -> flags of sft_v1.py
     "deterministic, again": {"deterministic": "on"},
 }
 STALL = re.compile(r"^saved \S+: stopped training for ([\d.]+) s", re.MULTILINE)
-PLAN_BYTES = ("masters", "moments", "gathered", "gradients", "activations")  # of memory_plan.Plan
 FORMS = {"tokens_per_s": ",.0f", "mfu": ".1%", "allocated_gib": ".1f", "reserved_gib": ".1f"}
 
 
@@ -78,7 +78,7 @@ def ours(size, chosen):
         env = {"OMP_NUM_THREADS": str(max(1, common.CORES // size["ranks"]))}
         command = (*common.TORCHRUN, size["ranks"], "sft_v1.py", *arguments)
         printed = common.run(*command, env=env, timeout=ROW_SECONDS)
-        lines, plan = common.steps_of(output), system.read_json(Path(output) / "run.json")["plan"]
+        lines, record = common.steps_of(output), system.read_json(Path(output) / "run.json")
     timed, stalls = lines[len(lines) // 2 :], [float(seconds) for seconds in STALL.findall(printed)]
     figures = {
         "ranks": size["ranks"],
@@ -87,7 +87,7 @@ def ours(size, chosen):
         "mfu": statistics.fmean(line["mfu"] for line in timed),
         "losses": [line["loss"] for line in lines],
         "stall_s": statistics.median(stalls[:-1]) if len(stalls) > 1 else None,  # training always waits for the last
-        "plan": plan,
+        "plan": memory_plan.Plan(**record["plan"]),
     }
     for name in ("allocated_gib", "reserved_gib"):
         figures[name] = max((line[name] for line in lines if line.get(name)), default=None)
@@ -166,11 +166,11 @@ def shown(value, form):
 def comparison(size, rows):
     """Yield the lines of the table of the plan against the measurement. rows: {name: figures}."""
     first, saving, link = rows["its own choices"], rows["a save in mid-run"], rows["links"]
-    plan, speeds = first.get("plan", {}), (link.get("gather_gb_per_s"), link.get("reduce_gb_per_s"))
+    plan, speeds = first.get("plan"), (link.get("gather_gb_per_s"), link.get("reduce_gb_per_s"))
     slower = min((speed for speed in speeds if speed), default=None)
     bound = attempt("the bound by count", lambda: {"mfu": bound_by_count(size, slower)})
-    gib = sum(value for name, value in plan.items() if name in PLAN_BYTES) / 2**30 if plan else None
-    state = (plan["masters"] + plan["moments"]) / 1e9 / COPY_GB_PER_SECOND if plan else None
+    gib = plan.total / memory_plan.GIB if plan else None
+    copy = (plan.masters + plan.moments) / 1e9 / COPY_GB_PER_SECOND if plan else None
     planned = {
         "tokens/s": (float(sft_v1.EXPECTED_TOKENS_PER_SECOND), first.get("tokens_per_s"), ",.0f"),
         "MFU": (bound.get("mfu"), first.get("mfu"), ".1%"),
@@ -178,7 +178,7 @@ def comparison(size, rows):
         "reserved on a card, GiB": (gib, first.get("reserved_gib"), ".1f"),
         "gather, GB/s": ("6 to 22", speeds[0], ".2f"),
         "reduction, GB/s": ("6 to 22", speeds[1], ".2f"),
-        "a save stops training, s": (state, saving.get("stall_s"), ".2f"),
+        "a save stops training, s": (copy, saving.get("stall_s"), ".2f"),
     }
     yield "| | planned | measured |\n|---|---:|---:|"
     for name, (plan_says, measured, form) in planned.items():

@@ -70,7 +70,7 @@ def test_a_run_that_fails_or_hangs_is_a_row_and_the_others_go_on(measured, monke
         return RUN
 
     stdout, result = measured(slow, full)
-    assert "| links | failed: not finished after 600 s | | | | |" in stdout
+    assert "| links | failed: not finished after 300 s | | | | |" in stdout
     assert "| a save in mid-run | failed: memory ran out | | | | |" in stdout
     assert "| its own choices | 2 | 30,000 | 60.0% | 19.0 | unknown |" in stdout
     assert "| tokens/s | 19,000 | 30,000 |" in stdout and "15,955 steps take 3.3 h" in stdout
