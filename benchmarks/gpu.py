@@ -1,6 +1,6 @@
 """What do your cards do with Genesis 1B's shape? The plan against what is measured, before any data exists.
 
-    python benchmarks/gpu.py            all CUDA cards of this machine; needs 45 GB of disk
+    python benchmarks/gpu.py            all CUDA cards of this machine; needs 30 GB of disk
     python benchmarks/gpu.py --peers    also TRL (if .venv-benchmarks exists; train.py makes it) and the padded recipe
     python benchmarks/gpu.py --quick    a tiny shape on the CPU, to see that the benchmark itself runs
 
