@@ -26,6 +26,7 @@ from pathlib import Path
 
 import common
 import numpy as np
+import save
 import torch
 
 import sft_v1
@@ -55,7 +56,6 @@ OURS = {  # name -> flags of sft_v1.py
     "deterministic": {"deterministic": "on"},
     "deterministic, again": {"deterministic": "on"},
 }
-STALL = re.compile(r"^saved \S+: stopped training for ([\d.]+) s", re.MULTILINE)
 FORMS = {"tokens_per_s": ",.0f", "mfu": ".1%", "allocated_gib": ".1f", "reserved_gib": ".1f"}
 
 
@@ -79,7 +79,7 @@ def ours(size, chosen):
         command = (*common.TORCHRUN, size["ranks"], "sft_v1.py", *arguments)
         printed = common.run(*command, env=env, timeout=ROW_SECONDS)
         lines, record = common.steps_of(output), system.read_json(Path(output) / "run.json")
-    timed, stalls = lines[len(lines) // 2 :], [float(seconds) for seconds in STALL.findall(printed)]
+    timed, stalls = lines[len(lines) // 2 :], [float(seconds) for _, seconds in save.SAVED.findall(printed)]
     figures = {
         "ranks": size["ranks"],
         "step_seconds": statistics.fmean(line["step_seconds"] for line in timed),
