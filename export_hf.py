@@ -30,7 +30,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sft import hf_folder, settings, system, text
+from sft import hf_folder, ollama, settings, system, text
 from sft.data import chatml
 from sft.evaluation import model_card, reading_check
 from sft.training import checkpoints
@@ -300,7 +300,10 @@ def older_names(config):
 
 
 def write_configs(resized, output, dtype_name):
-    """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know."""
+    """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know.
+
+    Ollama's Modelfile comes with them.
+    """
     for name in (*CONFIG_FILES, *hf_folder.TOKENIZER_FILES):
         path = Path(resized) / name
         if path.is_symlink():
@@ -314,6 +317,7 @@ def write_configs(resized, output, dtype_name):
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 refuses "TokenizersBackend"
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / ollama.MODELFILE).write_text(ollama.modelfile(output), encoding="utf-8")
 
 
 # ==== Verification ====
@@ -348,13 +352,9 @@ def check_files(resized, output, dtype_name):
         raise SystemExit(f"{output} holds {min(others)}, which is no part of the export. Move it away.")
 
 
-def check_tokenizer(resized, output):
-    """Return the tokenizer of `output`. Raises: SystemExit unless it has `resized`'s template, and one BOS at most."""
+def check_tokenizer(output):
+    """Return the tokenizer of `output`. Raises: SystemExit if its template's text gives other ids, or two BOS."""
     tokenizer = AutoTokenizer.from_pretrained(output)
-    template = (Path(resized) / "chat_template.jinja").read_text(encoding="utf-8")
-    legacy = system.read_json(Path(output) / "tokenizer_config.json", "export_hf.py").get("chat_template")
-    if not tokenizer.chat_template == legacy == template:
-        raise SystemExit(f"{output}: its chat template is not the one of {resized}. {EXPORT_AGAIN}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -406,7 +406,7 @@ def dry_run(resized):
         try:
             write_configs(resized, Path(folder), "bfloat16")
             check_configs(folder, shapes, ids)
-            check_tokenizer(resized, folder)
+            check_tokenizer(folder)
         except SystemExit as error:
             message = str(error).replace(folder, str(resized))
             raise SystemExit(f"An export from {resized} would fail. {message}") from None
@@ -463,7 +463,7 @@ def verify(source, dtype, output):
     Raises: SystemExit naming what differs.
     """
     check_files(source.resized, output, str(dtype).removeprefix("torch."))
-    tokenizer = check_tokenizer(source.resized, output)
+    tokenizer = check_tokenizer(output)
     reference = compare_weights(source, dtype, output)
     expected = logits(reference, tokenizer)
     del reference

@@ -67,8 +67,9 @@ def train(tmp_path_factory, bpe_tokenizer_dir, spm_tokenizer_dir):
 
 def build(folder, tied, tokenizer_dir):
     """Write a base with random weights into `folder`, then run the scripts up to the export."""
+    size = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
     config = transformers.LlamaConfig(
-        vocab_size=49_152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)

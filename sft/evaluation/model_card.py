@@ -42,7 +42,7 @@ chat = pipeline("text-generation", model=".")
 print(chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=200)[0]["generated_text"][-1])
 ```
 
-In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
+In a terminal: `python chat.py --export-dir FOLDER`, with this folder. For Ollama, see the first lines of `Modelfile`.
 """
 
 # ==== What the export keeps of the training run ====
