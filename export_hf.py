@@ -1,17 +1,19 @@
 """Step 4: turn a training checkpoint into a Hugging Face folder that any tool loads, and check that they are equal.
 
-Reads   a checkpoint of checkpoints/sft_v1/, and models/resized/ (config, generation_config, tokenizer).
-Writes  exports/sft_v1/: safetensors, config, generation_config, tokenizer with its template, training.json, and the
-        model card README.md.
+Reads   a checkpoint of checkpoints/sft_v1/, and models/resized/ (config, generation_config, tokenizer; its weights for
+        --base-share).
+Writes  exports/sft_v1/: safetensors, config, generation_config, tokenizer with its template, training.json, the model
+        card README.md, and Ollama's Modelfile.
 
     python export_hf.py                                  the latest whole checkpoint
     python export_hf.py --checkpoint best                the one with the lowest validation loss
     python export_hf.py --checkpoint step_000500 --export-dir exports/early
+    python export_hf.py --average 3 --base-share 0.25    the mean of the last three, a quarter of the way to the base
     python export_hf.py --verify-only exports/sft_v1     compare an export with its checkpoint again
 
 One process, no GPU. It streams the weights shard by shard, loads the result again, and compares it with the checkpoint,
-tensor by tensor and by its logits, before the folder gets its name. Then the export reads plain text and answers two
-questions.
+tensor by tensor and by its logits, before the folder gets its name. A mean is compared with the same mean in float64.
+Then the export reads plain text and answers two questions.
 """
 
 import json
@@ -19,6 +21,7 @@ import math
 import shutil
 import tempfile
 import warnings
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -28,7 +31,7 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sft import hf_folder, settings, system, text
+from sft import hf_folder, ollama, settings, system, text
 from sft.data import chatml
 from sft.evaluation import model_card, reading_check
 from sft.training import checkpoints
@@ -38,10 +41,13 @@ CHECKPOINT_DIR = "checkpoints/sft_v1"  # folder of the run, written by sft_v1.py
 CHECKPOINT = "latest"  # "latest" whole one | "best": lowest validation loss | a name, "step_000500" | its folder
 RESIZED_MODEL = "models/resized"  # folder that the run started from, written by resize_vocab.py
 EXPORT_DIR = "exports/sft_v1"  # folder to write; must be empty or missing
+# ---- Averaging ----
+AVERAGE = 1  # checkpoints whose mean is exported: CHECKPOINT and those saved before it; 1 = CHECKPOINT alone
+BASE_SHARE = 0.0  # 0 to 1, of RESIZED_MODEL in the weights: (1 - share) * trained + share * base; forgets less
 # ---- Format ----
 DTYPE = "bfloat16"  # of the weights: "bfloat16" (2 bytes each) | "float32" (4)
 # ---- Instead of an export ----
-VERIFY_ONLY = ""  # folder of an export to compare with the checkpoint again; nothing is written
+VERIFY_ONLY = ""  # folder of an export to compare with the checkpoint again; it says its own dtype, average and share
 # ---- Answers ----
 MAX_NEW_TOKENS = 100  # tokens of each of the two sample answers
 
@@ -59,6 +65,7 @@ STATE = {  # what an export needs of a checkpoint's state.json, and of the dicts
     "settings": dict.fromkeys(model_card.RECIPE, object) | {"DATA_DIR": str, "RESIZED_MODEL": str},
     "fingerprints": {"data": str},
 }
+DTYPES = ("bfloat16", "float32")
 WITH_ITS_VERSION = "Export with that version, or choose another one with --checkpoint."
 CONFIG_FILES = ("config.json", "generation_config.json")
 SHOWN_LENGTH = 60  # characters of a value in these files, in a message
@@ -120,15 +127,32 @@ def describe_resized(resized):
     return shapes, ids
 
 
-def match_checkpoint(checkpoint, state, resized):
-    """Return {name: shape} of the weights in `checkpoint`, in the order of the folder `resized`.
+def choose_checkpoints(folder, name, number):
+    """Return `number` pairs (Path, its state), latest first: `choose_checkpoint`'s, and those saved before it.
 
-    state: of `choose_checkpoint`. Raises: SystemExit if the folder's weights, configuration or tokenizer are not the
-    run's, if it cannot end a turn, or if the names or shapes in the checkpoint are others.
+    Raises: SystemExit if there are fewer, or one of them is damaged or of another run.
     """
-    hf_folder.shards(resized)  # a folder without a model gets its own message
+    latest, state = choose_checkpoint(folder, name)
+    earlier = [path for path in checkpoints.listed(latest.parent) if checkpoints.step_of(path) < state["step"]]
+    if len(earlier) + 1 < number:
+        raise SystemExit(
+            f"{latest.parent} holds {len(earlier) + 1} checkpoints up to {latest.name}, too few for a mean of "
+            f"{number}. Lower --average, or train with a higher --keep-checkpoints."
+        )
+    chosen = [(latest, state)] + [choose_checkpoint(folder, path) for path in earlier[: number - 1]]
+    for path, other in chosen[1:]:
+        if different := checkpoints.fingerprint_differences(state["fingerprints"], other["fingerprints"]):
+            raise SystemExit(f"{path} and {latest} are of different runs: {different}. Lower --average.")
+    return chosen
+
+
+def check_base(checkpoint, state, resized, fingerprint):
+    """Raise SystemExit unless the folder `resized`, with this fingerprint, is what `checkpoint` was trained from.
+
+    state: of `choose_checkpoint`.
+    """
     trained_from = {name: value for name, value in state["fingerprints"].items() if name != "data"}
-    different = checkpoints.fingerprint_differences(trained_from, hf_folder.fingerprint(resized))
+    different = checkpoints.fingerprint_differences(trained_from, fingerprint)
     if different == checkpoints.OTHER_VERSION:
         raise SystemExit(f"{checkpoint}: {different}. {WITH_ITS_VERSION}")
     if different:
@@ -136,7 +160,10 @@ def match_checkpoint(checkpoint, state, resized):
             f"{resized} is not the base that {checkpoint} was trained from: {different}. Name the folder that the run "
             "started from with --resized-model, or bring it back."
         )
-    expected, _ = describe_resized(resized)
+
+
+def check_shapes(checkpoint, expected, resized):
+    """Raise SystemExit unless `checkpoint` holds the tensors of the folder `resized`. expected: their {name: shape}."""
     stored = {}
     for key, entry in checkpoints.Reader(str(checkpoint)).read_metadata().state_dict_metadata.items():
         if key.startswith("model."):
@@ -148,7 +175,26 @@ def match_checkpoint(checkpoint, state, resized):
             f"{checkpoint} and {resized} differ in {len(different)} tensors: {'; '.join(shapes)}. Name the folder that "
             "the run started from with --resized-model."
         )
-    return expected
+
+
+@dataclass
+class Source:
+    """The weights of an export: the mean of the checkpoints, moved by `base_share` of the way towards the base."""
+
+    checkpoints: list  # of Paths, latest first
+    resized: str  # folder of the base, resized
+    base_share: float  # 0 to 1
+    shapes: dict  # {name: torch.Size} of every tensor
+
+    def is_mean(self):
+        """Return whether it is more than the weights of one checkpoint."""
+        return len(self.checkpoints) > 1 or self.base_share > 0
+
+    def __str__(self):
+        names = str(self.checkpoints[0])
+        if len(self.checkpoints) > 1:
+            names = f"the mean of {', '.join(map(str, self.checkpoints))}"
+        return f"{1 - self.base_share:g} x {names} + {self.base_share:g} x {self.resized}" if self.base_share else names
 
 
 def group_by_size(shapes, dtype, max_bytes):
@@ -164,38 +210,76 @@ def group_by_size(shapes, dtype, max_bytes):
     return groups
 
 
-def read_weights(checkpoint, names, shapes, dtype):
-    """Return {name: tensor} of some of the checkpoint's weights, rounded to `dtype`.
+def load_weights(checkpoint, names, shapes):
+    """Return {name: float32 tensor} of some of the weights in the folder `checkpoint`."""
+    state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in names}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
+        dcp.load(state, storage_reader=checkpoints.Reader(str(checkpoint)), no_dist=True)
+    return {key.removeprefix("model."): tensor for key, tensor in state.items()}
 
-    Besides the result, it holds READ_BYTES, or one larger tensor, at a time.
+
+def groups_to_read(names, shapes):
+    """Return `names` in lists of READ_BYTES, or one larger tensor."""
+    return group_by_size({name: shapes[name] for name in names}, torch.float32, READ_BYTES)
+
+
+def read_weights(source, names, dtype):
+    """Return {name: tensor} of some of the weights of `source`: computed in float32, rounded to `dtype`.
+
+    Besides the result, it holds READ_BYTES, or one larger tensor, at a time; twice that of several checkpoints.
     Raises: SystemExit if a value is not finite.
     """
     weights = {}
-    for group in group_by_size({name: shapes[name] for name in names}, torch.float32, READ_BYTES):
-        state = {f"model.{name}": torch.empty(shapes[name], dtype=torch.float32) for name in group}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is ")  # a single process is intended
-            dcp.load(state, storage_reader=checkpoints.Reader(str(checkpoint)), no_dist=True)
-        for key, tensor in state.items():
-            weights[key.removeprefix("model.")] = tensor.to(dtype)
+    for group in groups_to_read(names, source.shapes):
+        total = load_weights(source.checkpoints[0], group, source.shapes)
+        for checkpoint in source.checkpoints[1:]:
+            for name, tensor in load_weights(checkpoint, group, source.shapes).items():
+                total[name] += tensor
+        for name, tensor in total.items():
+            tensor /= len(source.checkpoints)
+            if source.base_share:
+                tensor.lerp_(hf_folder.read_tensor(source.resized, name).float(), source.base_share)
+            weights[name] = tensor.to(dtype)
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise SystemExit(f"{checkpoint}: {name} is not finite in {dtype}. Choose an earlier one with --checkpoint.")
+            raise SystemExit(f"{source}: {name} is not finite in {dtype}. Choose an earlier one with --checkpoint.")
     return weights
+
+
+def check_mean(source, weights):
+    """Raise SystemExit unless `weights` {name: tensor} are those of `source`, computed again in another way.
+
+    Here each term is multiplied by its share and added in float64, the base and the oldest checkpoint first. Float32
+    may differ from that by its rounding in each operation, of the sum of the terms' sizes, and by the last rounding.
+    """
+    share = (1 - source.base_share) / len(source.checkpoints)
+    for group in groups_to_read(weights, source.shapes):
+        base = {name: hf_folder.read_tensor(source.resized, name).double() * source.base_share for name in group}
+        total, size = base, {name: term.abs() for name, term in base.items()}
+        for checkpoint in reversed(source.checkpoints):
+            for name, tensor in load_weights(checkpoint, group, source.shapes).items():
+                total[name] += tensor.double() * share
+                size[name] += tensor.double().abs() * share
+        for name in group:
+            rounding = (len(source.checkpoints) + 4) * torch.finfo(torch.float32).eps * size[name]
+            rounding += torch.finfo(weights[name].dtype).eps / 2 * total[name].abs() + torch.finfo(torch.float32).tiny
+            if not ((weights[name].double() - total[name]).abs() <= rounding).all():
+                raise SystemExit(f"{name} is not {source}, computed in float64. {EXPORT_AGAIN}")
 
 
 # ==== Writing ====
 
 
-def write_weights(checkpoint, shapes, dtype, max_bytes, output):
+def write_weights(source, dtype, max_bytes, output):
     """Write the weights as safetensors of at most `max_bytes`, with an index if they are several."""
-    groups = group_by_size(shapes, dtype, max_bytes)
+    groups = group_by_size(source.shapes, dtype, max_bytes)
     layout = {"model.safetensors": groups[0]}
     if len(groups) > 1:
         layout = {f"model-{n:05d}-of-{len(groups):05d}.safetensors": names for n, names in enumerate(groups, start=1)}
     for file_name, names in layout.items():
-        hf_folder.save_weights(read_weights(checkpoint, names, shapes, dtype), output / file_name)
-    hf_folder.write_index(output, layout, count_parameters(shapes) * dtype.itemsize)
+        hf_folder.save_weights(read_weights(source, names, dtype), output / file_name)
+    hf_folder.write_index(output, layout, count_parameters(source.shapes) * dtype.itemsize)
 
 
 def count_parameters(shapes):
@@ -218,7 +302,10 @@ def older_names(config):
 
 
 def write_configs(resized, output, dtype_name):
-    """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know."""
+    """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know.
+
+    Ollama's Modelfile comes with them.
+    """
     for name in (*CONFIG_FILES, *hf_folder.TOKENIZER_FILES):
         path = Path(resized) / name
         if path.is_symlink():
@@ -232,6 +319,7 @@ def write_configs(resized, output, dtype_name):
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 refuses "TokenizersBackend"
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / ollama.MODELFILE).write_text(ollama.modelfile(output), encoding="utf-8")
 
 
 # ==== Verification ====
@@ -266,13 +354,9 @@ def check_files(resized, output, dtype_name):
         raise SystemExit(f"{output} holds {min(others)}, which is no part of the export. Move it away.")
 
 
-def check_tokenizer(resized, output):
-    """Return the tokenizer of `output`. Raises: SystemExit unless it has `resized`'s template, and one BOS at most."""
+def check_tokenizer(output):
+    """Return the tokenizer of `output`. Raises: SystemExit if its template's text gives other ids, or two BOS."""
     tokenizer = AutoTokenizer.from_pretrained(output)
-    template = (Path(resized) / "chat_template.jinja").read_text(encoding="utf-8")
-    legacy = system.read_json(Path(output) / "tokenizer_config.json", "export_hf.py").get("chat_template")
-    if not tokenizer.chat_template == legacy == template:
-        raise SystemExit(f"{output}: its chat template is not the one of {resized}. {EXPORT_AGAIN}")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     written = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
@@ -324,18 +408,19 @@ def dry_run(resized):
         try:
             write_configs(resized, Path(folder), "bfloat16")
             check_configs(folder, shapes, ids)
-            check_tokenizer(resized, folder)
+            check_tokenizer(folder)
         except SystemExit as error:
             message = str(error).replace(folder, str(resized))
             raise SystemExit(f"An export from {resized} would fail. {message}") from None
 
 
-def compare_weights(checkpoint, shapes, dtype, resized, output):
-    """Compare the tensors in `output` with the checkpoint's, bit by bit after rounding, and the sets of names.
+def compare_weights(source, dtype, output):
+    """Compare the tensors in `output` with those of `source`, bit by bit after rounding, and the sets of names.
 
-    Returns: the reference model: the configuration of `resized`, filled with the checkpoint's weights.
+    Returns: the reference model: the configuration of the resized base, filled with the weights of `source`.
     Raises: SystemExit naming what differs.
     """
+    shapes, resized = source.shapes, source.resized
     layout = hf_folder.shards(output)
     written = {name for names in layout.values() for name in names}
     if different := sorted(written ^ shapes.keys()):
@@ -352,7 +437,9 @@ def compare_weights(checkpoint, shapes, dtype, resized, output):
         )
     parameters = dict(reference.named_parameters())
     for file_name, names in layout.items():
-        expected = read_weights(checkpoint, names, shapes, dtype)
+        expected = read_weights(source, names, dtype)
+        if source.is_mean():
+            check_mean(source, expected)
         with safe_open(Path(output) / file_name, "pt") as file:
             for name in names:
                 if not hf_folder.same_bits(file.get_tensor(name), expected[name]):
@@ -369,24 +456,24 @@ def logits(model, tokenizer):
     return [model(tokenizer(prompt, return_tensors="pt").input_ids).logits for prompt in PROMPTS]
 
 
-def verify(checkpoint, shapes, dtype, resized, output):
-    """Compare `output` with the checkpoint, with one model in memory at a time. Returns: (its model, tokenizer).
+def verify(source, dtype, output):
+    """Compare `output` with `source`, with one model in memory at a time. Returns: (its model, tokenizer).
 
     It compares configurations, tokenizer and template, before anything is loaded; each tensor's bits after rounding,
-    the exact set of names, the tie, and the logits of three prompts with those of `resized`'s configuration with the
-    checkpoint's weights.
+    the exact set of names, the tie, and the logits of three prompts with those of the resized base's configuration with
+    the weights of `source`. A mean is computed twice.
     Raises: SystemExit naming what differs.
     """
-    check_files(resized, output, str(dtype).removeprefix("torch."))
-    tokenizer = check_tokenizer(resized, output)
-    reference = compare_weights(checkpoint, shapes, dtype, resized, output)
+    check_files(source.resized, output, str(dtype).removeprefix("torch."))
+    tokenizer = check_tokenizer(output)
+    reference = compare_weights(source, dtype, output)
     expected = logits(reference, tokenizer)
     del reference
     model = hf_folder.load_model(output, EXPORT_AGAIN, dtype)
     for prompt, ours, theirs in zip(PROMPTS, logits(model, tokenizer), expected, strict=True):
         if not torch.equal(ours, theirs):
             raise SystemExit(f"{output}: logits of {prompt!r} differ from the checkpoint's. {EXPORT_AGAIN}")
-    check_configs(output, shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
+    check_configs(output, source.shapes, chatml.special_ids(output, hf_folder.load_tokenizer(output)))
     return model, tokenizer
 
 
@@ -410,39 +497,77 @@ def sample_answers(model, tokenizer, output, max_new_tokens):
 # ==== Main ====
 
 
-def export(checkpoint, state, shapes, args):
-    """Write and verify the folder EXPORT_DIR of the settings `args`. Returns: (its model, tokenizer)."""
-    dtype, resized = getattr(torch, args["DTYPE"]), args["RESIZED_MODEL"]
+def match(chosen, base_share, resized, weights):
+    """Return the `Source` of an export from the checkpoints `chosen`, which all belong to the folder `resized`.
+
+    chosen: of `choose_checkpoints`; weights: {file name: SHA-256} of the folder's safetensors.
+    Raises: SystemExit if its weights, configuration or tokenizer are not the run's, if it cannot end a turn, or if the
+    names or shapes in a checkpoint are others.
+    """
+    hf_folder.shards(resized)  # a folder without a model gets its own message
+    fingerprint = hf_folder.fingerprint(resized, weights)
+    for checkpoint, state in chosen:
+        check_base(checkpoint, state, resized, fingerprint)
+    shapes, _ = describe_resized(resized)
+    for checkpoint, _ in chosen:
+        check_shapes(checkpoint, shapes, resized)
+    return Source([checkpoint for checkpoint, _ in chosen], resized, base_share, shapes)
+
+
+def recorded(output):
+    """Return (dtype's name, number of checkpoints, base share) of the export `output`.
+
+    Raises: SystemExit if its files do not say them.
+    """
+    dtype_name = system.read_json(output / "config.json", "export_hf.py").get("dtype")
+    if dtype_name not in DTYPES:
+        raise SystemExit(f"{output} says dtype {dtype_name!r}: it is not an export of this script. Name one.")
+    record = system.read_json(output / model_card.TRAINING, "export_hf.py")
+    names, share = record.get("averaged"), record.get("base_share")
+    if not isinstance(names, list) or not names or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise SystemExit(f"{output / model_card.TRAINING} does not say what was averaged. {EXPORT_AGAIN}")
+    return dtype_name, len(names), share
+
+
+def export(source, state, weights, args):
+    """Write and verify the folder EXPORT_DIR of the settings `args`. Returns: (its model, tokenizer).
+
+    state: of the latest checkpoint; weights: {file name: SHA-256} of the resized base.
+    """
+    dtype = getattr(torch, args["DTYPE"])
     with system.staged(args["EXPORT_DIR"], "--export-dir") as staging:
-        write_weights(checkpoint, shapes, dtype, MAX_SHARD_BYTES, staging)
-        write_configs(resized, staging, args["DTYPE"])
-        training = model_card.describe(checkpoint, state, resized, count_parameters(shapes), args["DTYPE"])
-        model_card.write_first(staging, checkpoint, training)
-        return verify(checkpoint, shapes, dtype, resized, staging)
+        write_weights(source, dtype, MAX_SHARD_BYTES, staging)
+        write_configs(source.resized, staging, args["DTYPE"])
+        training = model_card.describe(source, state, weights, count_parameters(source.shapes), args["DTYPE"])
+        model_card.write_first(staging, source.checkpoints[0], training)
+        return verify(source, dtype, staging)
 
 
 def main(args):
     """Export, or verify an export again, as the settings `args` (dict) say."""
-    if args["DTYPE"] not in ("bfloat16", "float32"):
-        raise SystemExit(f"DTYPE is {args['DTYPE']!r}; it must be bfloat16 or float32.")
-    if args["MAX_NEW_TOKENS"] < 1:
-        raise SystemExit(f"MAX_NEW_TOKENS is {args['MAX_NEW_TOKENS']}; it must be at least 1.")
+    settings.check_bounds(args, {"DTYPE": DTYPES}, {"MAX_NEW_TOKENS": 1, "AVERAGE": 1, "BASE_SHARE": 0})
+    if args["BASE_SHARE"] > 1:
+        raise SystemExit(f"BASE_SHARE is {args['BASE_SHARE']}; it must be at most 1, which is the base alone.")
     transformers.utils.logging.disable_progress_bar()
-    checkpoint, state = choose_checkpoint(args["CHECKPOINT_DIR"], args["CHECKPOINT"])
-    shapes = match_checkpoint(checkpoint, state, args["RESIZED_MODEL"])
-    output, dtype_name = Path(args["EXPORT_DIR"]), args["DTYPE"]
+    output, dtype_name, number, share = Path(args["EXPORT_DIR"]), args["DTYPE"], args["AVERAGE"], args["BASE_SHARE"]
     if args["VERIFY_ONLY"]:
         output = Path(args["VERIFY_ONLY"])
-        dtype_name = system.read_json(output / "config.json", "export_hf.py").get("dtype")
-        if dtype_name not in ("bfloat16", "float32"):
-            raise SystemExit(f"{output} says dtype {dtype_name!r}: it is not an export of this script. Name one.")
-        model, tokenizer = verify(checkpoint, shapes, getattr(torch, dtype_name), args["RESIZED_MODEL"], output)
+        dtype_name, number, share = recorded(output)
+    chosen = choose_checkpoints(args["CHECKPOINT_DIR"], args["CHECKPOINT"], number)
+    weights = system.weight_digests(args["RESIZED_MODEL"])
+    source = match(chosen, share, args["RESIZED_MODEL"], weights)
+    if args["VERIFY_ONLY"]:
+        model, tokenizer = verify(source, getattr(torch, dtype_name), output)
     else:
-        model, tokenizer = export(checkpoint, state, shapes, args)
+        model, tokenizer = export(source, chosen[0][1], weights, args)
     files = list(output.glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
-    print(f"{checkpoint} -> {output}: {len(shapes)} tensors, {size / 1e9:.2f} GB in {dtype_name}, {len(files)} file(s)")
-    print("verified: every tensor and the logits of three prompts equal the checkpoint's")
+    tensors = len(source.shapes)
+    print(f"{source} -> {output}: {tensors} tensors, {size / 1e9:.2f} GB in {dtype_name}, {len(files)} file(s)")
+    if source.is_mean():
+        print("verified: every tensor equals this mean, computed again in float64, and the logits of three prompts its")
+    else:
+        print("verified: every tensor and the logits of three prompts equal the checkpoint's")
     sample_answers(model, tokenizer, output, args["MAX_NEW_TOKENS"])
 
 

@@ -1,6 +1,6 @@
 """Step 1: turn conversations from several sources into token ids with assistant masks, and extend the tokenizer.
 
-Reads   the base model's tokenizer and the sources of the mixture (the hub, or local JSONL, JSON and Parquet files).
+Reads   the base model's tokenizer and the sources of the mixture (the hub, or local JSONL, JSON, Parquet, text files).
 Writes  data/sft_v1/: a `datasets` folder (train, validation), tokenizer/, report.json|md|png, rejected.jsonl.
 
     python prepare_data.py                                   the Genesis mixture
@@ -10,8 +10,9 @@ Writes  data/sft_v1/: a `datasets` folder (train, validation), tokenizer/, repor
     the same command after a kill                            continues after the last finished source
 
 A conversation is ChatML (sft/data/chatml.py). The loss will cover the assistant's text and its closing `<|im_end|>`,
-nothing else. Every input row is accounted for: it is kept, or a line in rejected.jsonl says why not. The bytes written
-depend on the sources, the base's tokenizer and the settings, not on the number of workers.
+nothing else. Plain text, which a source may hold against forgetting, has no markers, and the loss covers all of it.
+Every input row is accounted for: it is kept, or a line in rejected.jsonl says why not. The bytes written depend on the
+sources, the base's tokenizer and the settings, not on the number of workers.
 """
 
 import contextlib
@@ -44,10 +45,10 @@ DATA_DIR = "data/sft_v1"  # folder to write; must be empty or missing
 # ---- Mixture ----
 # A source has
 #   name               as it is called in the report
-#   path               a local .jsonl, .json or .parquet file, relative to the mixture file; or
+#   path               a local .jsonl, .json, .parquet or .txt file, relative to the mixture file; or
 #   hub                a hub data set, which is read with `datasets`, or one "file" of it
 #   schema             its columns: a name in SCHEMAS in sft/data/conversations.py
-#   examples           conversations kept for training, after all rejections, or "all"
+#   examples           conversations or documents kept for training, after all rejections, or "all"
 # and optionally
 #   revision           of a hub data set: its branch, tag or commit ("main"); report.json records the commit
 #   config, split      of a hub data set (its default config, "train"); a "file" needs neither
@@ -359,8 +360,14 @@ def build_report(args, lines, tokenizer, overlap, data):
         "digest": digest,
         "sources": lines,
         "totals": {name: sum(line[name] for line in lines) for name in counts},
+        "plain_text": {name: sum(line[name] for line in lines if is_plain_text(line)) for name in counts},
         "evaluation": overlap.counts if overlap else [],
     }
+
+
+def is_plain_text(line):
+    """Return whether a source's line of the report is of documents of plain text, not of conversations."""
+    return line["source"]["schema"] == "text"
 
 
 def write_folder(staging, report):

@@ -55,7 +55,7 @@ def write_inputs(source, rows, array):
             if unreadable:
                 continue
             turns, reason = conversations.read_turns(row, sharegpt)
-            if reason or conversations.reason_to_reject(turns):
+            if reason or conversations.reason_to_reject(turns, sharegpt.schema):
                 continue
             turns, _ = conversations.repair(turns)
             if turns:

@@ -45,7 +45,7 @@ def generate(source, number, files):
     from sft.data import sources  # heavy; this runs in a child
 
     sentences = {}
-    rows = sources.JsonRows(source)
+    rows = sources.FileRows(source)
     for row, _ in rows.take(range(len(rows) - 1)):  # the last is cut off
         for text in [turn["value"] for turn in row["conversations"]]:
             sentences |= dict.fromkeys(s for s in re.split(r"(?<=[.!?])\s+", text) if 30 < len(s) < 250)

@@ -103,9 +103,13 @@ def flattened(name, value):
     return entries
 
 
-def fingerprint(folder):
-    """Return `configuration` and "weights", the SHA-256 of the safetensors: two folders with the same are one model."""
-    return {"weights": system.folder_digest(folder, "*.safetensors")} | configuration(folder)
+def fingerprint(folder, weights=None):
+    """Return `configuration` and "weights", the SHA-256 of the safetensors: two folders with the same are one model.
+
+    weights: their `system.weight_digests`, where the caller has them already.
+    """
+    weights = system.weight_digests(folder) if weights is None else weights
+    return {"weights": system.joint_digest(weights)} | configuration(folder)
 
 
 # ==== Weights ====
@@ -140,6 +144,14 @@ def shards(folder):
             f"{folder / INDEX} and the files disagree about the tensor {tensor}. Download the model again."
         )
     return layout
+
+
+def read_tensor(folder, name):
+    """Return the tensor `name` of the model in `folder`, as it is stored."""
+    weight_map = read_index(folder)
+    file_name = "model.safetensors" if weight_map is None else weight_map[name]
+    with safe_open(Path(folder) / file_name, "pt") as file:
+        return file.get_tensor(name)
 
 
 def read_index(folder):

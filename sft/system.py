@@ -34,7 +34,12 @@ def sha256(path):
 def folder_digest(folder, *patterns):
     """Return one SHA-256 over the names and contents of the files in `folder` that match one of the glob `patterns`."""
     paths = sorted(path for pattern in patterns for path in Path(folder).glob(pattern))
-    lines = [f"{sha256(path)}  {path.relative_to(folder)}\n" for path in paths]
+    return joint_digest({path.relative_to(folder): sha256(path) for path in paths})
+
+
+def joint_digest(digests):
+    """Return one SHA-256 over `digests` {file name: SHA-256}, in their order."""
+    lines = [f"{digest}  {name}\n" for name, digest in digests.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -110,3 +110,25 @@ def test_what_does_not_fit_is_refused(folder, monkeypatch, setting, value, sente
     with pytest.raises(SystemExit, match=sentence):
         assistant_check.main(settings_of(RESULT_DIR="refused", **{setting: value}))
     assert not Path("refused").exists()
+
+
+def test_held_out_plain_text_is_neither_a_prompt_nor_an_answer(folder):
+    """A source of the schema `text` has no markers; from its second token on all of it is trained."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
+    rows = datasets.load_from_disk(folder / "data")["validation"].to_dict()
+    number = len(rows["source"])
+    rows = {name: rows[name] for name in ("input_ids", "assistant_masks", "source")}
+    for ids, mask in (([5, 6, 7], [False, True, True]), ([5, 6], [False, True])):
+        rows["input_ids"].append(ids)
+        rows["assistant_masks"].append(mask)
+        rows["source"].append("replay")
+    prompts = assistant_check.pick_prompts(rows, tokenizer, 100, 10)
+    assert len(prompts) == number
+    side = {"held_out": list(range(number + 2)), "plain": ([1.0], [1]), "answers": []}
+    entries = {entry["label"]: entry for entry in assistant_check.table(side, side, rows)}
+    assert list(entries) == [
+        *("Held-out answers: a", "Held-out answers: b", "Held-out text: replay", "Held-out answers: all", "Plain text"),
+    ]
+    assert entries["Held-out answers: all"]["before"] == list(range(number))
+    assert entries["Held-out text: replay"]["before"] == [number, number + 1]
+    assert entries["Held-out text: replay"]["weights"] == [2, 1]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TEXT
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -207,6 +208,46 @@ def test_bos_comes_first_exactly_when_the_base_adds_one(bpe_tokenizer_dir, spm_t
     assert flat(with_bos, turns)[0][0] == tokenizer.bos_token_id
 
 
+def test_a_masked_answer_has_the_ids_of_a_trained_one_and_trains_nothing(pair):
+    _, encoder = pair
+    thought = "<think>\n2 + 2\n</think>\n\nFour."
+    turns = [("user", "2 + 2?"), ("assistant", thought), ("user", "Sure?"), ("assistant", "Yes.")]
+    ids, mask = flat(encoder, turns)
+    masked_ids, masked_mask = flat(encoder, [turns[0], (conversations.MASKED, thought), *turns[2:]])
+    assert masked_ids == ids
+    shown = [i for i, trained in zip(ids, masked_mask, strict=True) if trained]
+    assert shown == [*encoder.after_text.encode("Yes.", add_special_tokens=False).ids, encoder.end]
+    assert sum(mask) > sum(masked_mask)
+
+
+def test_a_document_has_the_ids_that_the_base_gives_it_in_windows_each_with_its_bos(pair, base):
+    _, encoder = pair
+    reference = Tokenizer.from_file(str(base / "tokenizer.json"))
+    for text in [*EDGES, TEXT, "word " * 300]:
+        expected = reference.encode(text).ids[len(encoder.bos) :]
+        (ids,) = encoder.encode_documents([text])
+        assert ids.tolist() == expected, text
+        for size in (7, 16, len(expected) + len(encoder.bos)):
+            head = [(encoder.array(encoder.bos), False)]
+            windows, lost = chatml.cut_document(head, ids, size, "split")
+            flat_windows = [chatml.concatenate([], [window]) for window in windows]
+            joined = [token_id for window, _ in flat_windows for token_id in window.tolist()[len(encoder.bos) :]]
+            rest = expected[len(joined) :]  # one token alone, which nothing predicts
+            assert joined + rest == expected and len(rest) <= 1 - len(encoder.bos) and not lost
+            for window, mask in flat_windows:
+                assert len(window) <= size and window.tolist()[: len(encoder.bos)] == encoder.bos
+                assert mask.tolist() == [False] + [True] * (len(window) - 1)
+
+
+def test_a_document_longer_than_the_window_is_cut_or_dropped_as_the_setting_says(pair):
+    _, encoder = pair
+    (ids,), head = encoder.encode_documents(["word " * 300]), [(encoder.array(encoder.bos), False)]
+    windows, lost = chatml.cut_document(head, ids, 64, "truncate")
+    assert [chatml.length(window) for window in windows] == [64] and lost == ["end cut off at the window"]
+    assert chatml.cut_document(head, ids, 64, "drop") == ([], [])
+    assert chatml.cut_document(head, ids[:50], 64, "drop")[0]
+
+
 def test_markers_count_only_when_paired_at_the_start_of_an_assistant_turn(pair):
     _, encoder = pair
     for role, content, expected in [
@@ -249,6 +290,8 @@ def test_no_text_in_any_role_becomes_a_control_token_and_all_of_it_survives(pair
         if encoder.think not in content:
             again = encoder.after_text.encode(text, add_special_tokens=False)
             assert content == again.ids
+    for ids in encoder.encode_documents([text for _, text in turns]):
+        assert not encoder.is_control[ids].any()
 
 
 def test_a_forged_turn_is_text_and_decodes_unchanged(bpe_tokenizer_dir, tmp_path):

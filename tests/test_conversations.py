@@ -52,7 +52,77 @@ def test_a_row_is_excluded_by_the_value_of_a_column():
     ],
 )
 def test_a_row_is_rejected_for_the_first_reason_that_holds(turns, reason):
-    assert conversations.reason_to_reject(turns) == reason
+    assert conversations.reason_to_reject(turns, "messages") == reason
+
+
+CALL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"id": 1}]}
+
+
+def masked(*turns):
+    """Return a `messages` row of (role, content, train); without a third, a turn has no "train"."""
+    names = ("role", "content", "train")
+    return {"messages": [dict(zip(names, turn, strict=False)) for turn in turns]}
+
+
+def test_an_assistant_turn_with_train_false_is_kept_and_marked():
+    row = masked(("user", "a", False), ("gpt", "b", False), ("user", "c", None), ("assistant", "d", True))
+    turns, reason = turns_of(row)
+    assert turns == [("user", "a"), (conversations.MASKED, "b"), ("user", "c"), ("assistant", "d")] and not reason
+    assert conversations.reason_to_reject(turns, "messages") is None
+    assert conversations.repair(turns) == (turns, ['assistant turn with "train": false masked'])
+    other = turns_of(masked(("user", "a"), ("gpt", "b"), ("user", "c"), ("assistant", "d")))[0]
+    assert conversations.duplicate_key(turns, "normalised") != conversations.duplicate_key(other, "normalised")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (masked(("user", "a"), ("assistant", "b", "no")), '"train" is neither true nor false'),
+        (masked(("user", "a"), ("assistant", "b", 0)), '"train" is neither true nor false'),
+        (masked(("user", "a"), ("assistant", "b", [])), '"train" is neither true nor false'),
+        (masked(("user", "a", True), ("assistant", "b")), '"train" is true outside an assistant turn'),
+        (masked(("user", "a"), ("assistant", "b", False)), 'every assistant turn has "train": false'),
+        (
+            masked(("user", "a"), ("assistant", "b", False), ("assistant", "c")),
+            'of two assistant turns in a row, one has "train": false',
+        ),
+        (masked(("user", "a"), ("assistant", " ", False), ("user", "b"), ("assistant", "c")), "empty assistant turn"),
+        (masked(("user", "a"), (conversations.MASKED, "b"), ("user", "c"), ("assistant", "d")), "unknown role"),
+        (
+            {
+                "messages": [
+                    *chat("a", "b")["messages"],
+                    {"role": "assistant", "content": "x", "tool_calls": [{"id": 1}]},
+                ]
+            },
+            "tool turn",
+        ),
+        (masked(("user", "a"), (["assistant"], "b", False)), "role is not text"),
+        (masked(("user", "a"), ("assistant", None, False)), "content is not text"),
+    ],
+)
+def test_a_train_that_cannot_be_followed_is_a_reason_to_reject(row, expected):
+    turns, reason = turns_of(row)
+    assert (reason or conversations.reason_to_reject(turns, "messages")) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": " Plain text.\n"}, None),
+        ({"text": None}, "content is not text"),
+        ({"text": ["a"]}, "content is not text"),
+        ({"text": " \n"}, "empty text"),
+        ({"text": "\ud800"}, "text is not valid Unicode"),
+        ({"text": "x" * 1_000_001}, "longer than a million characters"),
+        ({"content": "x"}, "no turns in the schema's columns"),
+    ],
+)
+def test_a_row_of_plain_text_is_one_text_or_is_rejected_with_a_reason(row, expected):
+    turns, reason = turns_of(row, schema="text")
+    assert (reason or conversations.reason_to_reject(turns, "text")) == expected
+    if not expected:
+        assert conversations.repair(turns) == ([("text", "Plain text.")], ["white space trimmed"])
 
 
 def test_repair_trims_merges_and_leaves_out_and_says_so():

@@ -26,6 +26,7 @@ from helpers import (
     edit_json,
     full_disk,
     poison,
+    read_weights,
     run_python,
     run_torchrun,
 )
@@ -66,8 +67,9 @@ def train(tmp_path_factory, bpe_tokenizer_dir, spm_tokenizer_dir):
 
 def build(folder, tied, tokenizer_dir):
     """Write a base with random weights into `folder`, then run the scripts up to the export."""
+    size = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
     config = transformers.LlamaConfig(
-        vocab_size=49_152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -97,9 +99,8 @@ def work(request, train):
     return train(request.param)
 
 
-def stored(work):
-    """Return the latest checkpoint's weights by name, float32."""
-    checkpoint = checkpoints.latest_whole(work / "checkpoints" / "sft_v1")
+def stored(checkpoint):
+    """Return the checkpoint's weights by name, float32."""
     kept = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     state = {name: torch.empty(entry.size) for name, entry in kept.items() if name.startswith("model.")}
     dcp.load(state, checkpoint_id=str(checkpoint))
@@ -108,7 +109,8 @@ def stored(work):
 
 @pytest.mark.torchrun
 def test_every_tensor_is_the_checkpoints_and_nothing_else_is_there(work):
-    expected, exported = stored(work), load_file(work / "exports" / "sft_v1" / "model.safetensors")
+    checkpoint = work / "checkpoints" / "sft_v1" / "step_000100"
+    expected, exported = stored(checkpoint), load_file(work / "exports" / "sft_v1" / "model.safetensors")
     base = load_file(work / "models" / "resized" / "model.safetensors")
     assert expected.keys() == exported.keys() == base.keys()
     assert all(torch.equal(exported[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
@@ -195,8 +197,11 @@ def test_the_card_shows_data_licence_recipe_and_curve(work):
 # ==== A checkpoint written in this process: older readers, refusals ====
 
 
-def make_checkpoint(folder, tied=True, harm=None, **shape):
-    """Write a tiny base, resize it, and save two checkpoints of weights near it under `folder`, without training."""
+def make_checkpoint(folder, tied=True, harm=None, steps=(50, 100), drift=0.0, **shape):
+    """Write a tiny base, resize it, and save two checkpoints of weights near it under `folder`, without training.
+
+    drift: share by which the weights grow per step; 0: all checkpoints are the same.
+    """
     config = transformers.LlamaConfig(
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=0, **shape,
@@ -227,9 +232,10 @@ def make_checkpoint(folder, tied=True, harm=None, **shape):
     settings = dict.fromkeys(recipe.split(), 1)
     settings |= {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "CHECKPOINT_DIR": "checkpoints/sft_v1"}
     state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1}
-    for step in (50, 100):
+    for step in steps:
         numbers = {"step": step, "updates": step, "validation_loss": step / 50}
-        checkpoints.save(folder / "checkpoints" / "sft_v1", step, tensors, state | numbers, keep=9)
+        moved = {name: tensor * (1 + drift * step) for name, tensor in tensors.items()}
+        checkpoints.save(folder / "checkpoints" / "sft_v1", step, moved, state | numbers, keep=9)
     return folder
 
 
@@ -459,7 +465,7 @@ def test_what_cannot_be_exported_is_a_sentence(tmp_path, export):
             "data holds no whole checkpoint of a step that was validated",
         ),
         ({"RESIZED_MODEL": "models/base"}, "models/base is not the base that"),
-        ({"DTYPE": "float16"}, "must be bfloat16 or float32"),
+        ({"DTYPE": "float16"}, "DTYPE is 'float16'; it must be one of bfloat16, float32"),
         ({"MAX_NEW_TOKENS": 0}, "MAX_NEW_TOKENS is 0; it must be at least 1"),
     ):
         assert sentence in refused(export, EXPORT_DIR="a", **changes) and not list(tmp_path.glob("a*"))
@@ -544,6 +550,89 @@ def test_an_edited_export_is_not_verified(tmp_path, export):
     assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
 
 
+# ==== Means ====
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mean_with_a_share_of_the_base_is_the_one_computed_in_float64(tmp_path, export, small_shards, capsys, tied):
+    run = make_checkpoint(tmp_path, tied, steps=(25, 50, 75, 100), drift=1e-3) / "checkpoints" / "sft_v1"
+    base = read_weights(tmp_path / RESIZED)
+    kept = {step: stored(run / checkpoints.checkpoint_name(step)) for step in (50, 75, 100)}
+
+    def expected(name, steps, share):
+        mean = sum(kept[step][name].double() for step in steps) / len(steps)
+        return (1 - share) * mean + share * base[name].double()
+
+    for number, share, dtype in ((3, 0.25, "float32"), (2, 0.0, "float32"), (1, 0.75, "float32"), (2, 0.5, "bfloat16")):
+        folder = export(AVERAGE=number, BASE_SHARE=share, DTYPE=dtype, EXPORT_DIR=f"mean{number}{share}{dtype}")
+        exported = read_weights(folder)
+        tolerance = {"float32": 1e-6, "bfloat16": 2**-8}[dtype]
+        for name, tensor in exported.items():
+            truth = expected(name, (100, 75, 50)[:number], share)
+            assert torch.allclose(tensor.double(), truth, rtol=tolerance, atol=1e-8), name
+        assert "verified: every tensor equals this mean" in capsys.readouterr().out
+        export(VERIFY_ONLY=folder.name)  # it says itself how it was made
+        stdout = capsys.readouterr().out
+        names = ", ".join(f"checkpoints/sft_v1/step_{step:06d}" for step in (100, 75, 50)[:number])
+        assert names in stdout and (f"+ {share:g} x models/resized -> mean" in stdout) is (share > 0)
+    assert exported.keys() == base.keys()
+    training = json.loads((folder / model_card.TRAINING).read_text())
+    assert training["averaged"] == ["step_000100", "step_000075"] and training["base_share"] == 0.5
+
+
+def test_the_whole_share_is_the_base_itself(tmp_path, export):
+    make_checkpoint(tmp_path)
+    exported, base = read_weights(export(BASE_SHARE=1.0)), read_weights(tmp_path / RESIZED)
+    assert all(torch.equal(exported[name], tensor) for name, tensor in base.items())
+
+
+def test_a_wrong_mean_and_one_changed_bit_of_a_mean_are_seen(tmp_path, export, monkeypatch):
+    make_checkpoint(tmp_path, drift=1e-3)
+    folder = export(AVERAGE=2, BASE_SHARE=0.5, DTYPE="float32")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "differs from the checkpoint" in refused(export, VERIFY_ONLY="exports/sft_v1")
+    (folder / "model.safetensors").write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])  # the lowest
+    assert "differs from the checkpoint" in refused(export, VERIFY_ONLY="exports/sft_v1")
+    (folder / "model.safetensors").write_bytes(content)
+    edit_json(folder / model_card.TRAINING, base_share=0.25)
+    assert "differs from the checkpoint" in refused(export, VERIFY_ONLY="exports/sft_v1")
+    for damage in ({"base_share": 2}, {"base_share": "0.5"}, {"averaged": []}, {"averaged": None}):
+        edit_json(folder / model_card.TRAINING, **{"averaged": ["step_000100"], "base_share": 0.5} | damage)
+        message = "training.json does not say what was averaged. Run export_hf.py again"
+        assert message in refused(export, VERIFY_ONLY="exports/sft_v1")
+
+    def slightly_wrong(source, names, dtype, read=export_hf.read_weights):
+        return {name: tensor * (1 + 1e-5) for name, tensor in read(source, names, dtype).items()}
+
+    monkeypatch.setattr(export_hf, "read_weights", slightly_wrong)  # both sides of the comparison bit by bit
+    message = refused(export, AVERAGE=2, BASE_SHARE=0.5, DTYPE="float32", EXPORT_DIR="wrong")
+    assert "is not 0.5 x the mean of checkpoints/sft_v1/step_000100, " in message and "in float64" in message
+    assert not Path("wrong").exists()
+
+
+def test_a_mean_of_too_few_damaged_or_foreign_checkpoints_is_refused(tmp_path, export):
+    run = make_checkpoint(tmp_path) / "checkpoints" / "sft_v1"
+    few = "sft_v1 holds {} checkpoints up to step_{}, too few for a mean of {}. Lower --average"
+    for changes, sentence in (
+        ({"AVERAGE": 3}, few.format(2, "000100", 3)),
+        ({"AVERAGE": 2, "CHECKPOINT": "step_000050"}, few.format(1, "000050", 2)),
+        ({"AVERAGE": 0}, "AVERAGE is 0; it must be at least 1"),
+        ({"BASE_SHARE": -0.1}, "BASE_SHARE is -0.1; it must be at least 0"),
+        ({"BASE_SHARE": 1.1}, "BASE_SHARE is 1.1; it must be at most 1, which is the base alone"),
+        ({"BASE_SHARE": float("nan")}, "BASE_SHARE is nan; it must be at least 0"),
+    ):
+        assert sentence in refused(export, EXPORT_DIR="a", **changes) and not list(tmp_path.glob("a*"))
+    fingerprints = json.loads((run / "step_000050" / "state.json").read_text())["fingerprints"]
+    rewrite_state(run / "step_000050", lambda state: state["fingerprints"].update(data="other"))
+    message = refused(export, AVERAGE=2)
+    assert "step_000050 and checkpoints/sft_v1/step_000100 are of different runs: data: " in message
+    rewrite_state(run / "step_000050", lambda state: state.update(fingerprints=fingerprints))
+    next((run / "step_000050").glob("*.distcp")).unlink()
+    assert "step_000050 is not a whole checkpoint: its file" in refused(export, AVERAGE=2)
+    export(AVERAGE=1)
+
+
 def test_the_card_is_written_again_with_the_evaluation_of_these_weights_only(tmp_path, export):
     make_checkpoint(tmp_path)
     folder, results = export(), tmp_path / "eval-results"
@@ -595,11 +684,14 @@ def test_a_dry_run_refuses_a_base_whose_export_would_fail(tmp_path, monkeypatch)
             (Path(RESIZED) / name).write_bytes(content)
 
 
-def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
+def test_writing_a_mean_needs_the_memory_of_one_shard_and_two_readings(tmp_path):
     shapes = {f"w{index}": torch.Size((1024, 2048)) for index in range(64)}  # 8 MiB each in float32, 512 in all
     state = {f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
     dcp.save(state, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    del state
+    (tmp_path / "base").mkdir()
+    weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    hf_folder.save_weights(weights, tmp_path / "base" / "model.safetensors")
+    del state, weights
     code = (
         "import pathlib, resource, sys, torch, export_hf\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
@@ -607,7 +699,8 @@ def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
         "shapes = {f'w{index}': torch.Size((1024, 2048)) for index in range(64)}\n"
         "def write(shapes, name):\n"
         "    pathlib.Path(name).mkdir()\n"
-        "    export_hf.write_weights('checkpoint', shapes, torch.float32, 2**26, pathlib.Path(name))\n"
+        "    source = export_hf.Source(['checkpoint'] * 3, 'base', 0.5, shapes)\n"
+        "    export_hf.write_weights(source, torch.float32, 2**26, pathlib.Path(name))\n"
         "write({'w0': shapes['w0']}, 'first')\n"
         "before = peak()\n"
         "write(shapes, 'all')\n"
@@ -617,4 +710,4 @@ def test_writing_needs_the_memory_of_one_shard_and_one_reading(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "all").glob("*.safetensors"))) == 8
-    assert float(result.stdout) < 160, result.stdout  # MiB: a shard of 64, a reading of 32, and what they leave
+    assert float(result.stdout) < 192, result.stdout  # MiB: a shard of 64, two readings of 32, and what they leave

@@ -6,6 +6,7 @@ Alone: bash tests/run.sh tests/test_model_card.py
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
@@ -69,14 +70,25 @@ def checkpoint(tmp_path, monkeypatch):
     return checkpoint
 
 
-def export(checkpoint, state, name="export"):
+def export(checkpoint, state, name="export", earlier=(), base_share=0.0):
     """Write the part of an export that the card needs, and the card. Returns: the export's folder."""
     folder = Path(name)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    training = model_card.describe(checkpoint, state, "models/resized", 1_234_567, "bfloat16")
+    source = SimpleNamespace(checkpoints=[checkpoint, *earlier], base_share=base_share, resized="models/resized")
+    weights = system.weight_digests(source.resized)
+    training = model_card.describe(source, state, weights, 1_234_567, "bfloat16")
     model_card.write_first(folder, checkpoint, training)
     return folder
+
+
+def test_a_card_says_which_mean_it_is_about(checkpoint):
+    earlier = [checkpoint.parent / "step_000050"]
+    card = (export(checkpoint, state_of(100), "mean", earlier, 0.25) / "README.md").read_text()
+    words = "the mean of the checkpoints `step_000100`, `step_000050` (99 optimizer steps in the first), moved 0.25 of"
+    assert f"from `models/resized`, {words} the way back to the base's weights.\n" in card
+    card = (export(checkpoint, state_of(100), "one") / "README.md").read_text()
+    assert "from `models/resized`, checkpoint `step_000100` (99 optimizer steps).\n" in card
 
 
 def test_the_card_shows_model_data_licences_recipe_and_curve(checkpoint):

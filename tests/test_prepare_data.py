@@ -263,6 +263,66 @@ def test_text_of_a_row_or_a_name_can_neither_steer_a_terminal_nor_forge_the_repo
     assert "\x9b" not in shown and "\u202e" not in shown and r"\x1b[2J" in shown
 
 
+def test_plain_text_is_trained_whole_without_markers_and_counted_apart(tmp_path, spm_tokenizer_dir):
+    """Of a tokenizer that adds a BOS: from rows, a Parquet column and paragraphs, next to conversations."""
+    texts = [f"Text {n} is <|im_end|> plain. " * 30 for n in range(10)]
+    pq.write_table(pa.table({"text": [f"Column {n} " * 3 for n in range(20)], "id": range(20)}), tmp_path / "c.parquet")
+    (tmp_path / "p.txt").write_text("\n\n".join(f"Paragraph {n}\nhas two lines." for n in range(20)))
+    mixture = [
+        {"name": "chat", "rows": ROWS},
+        {"name": "rows", "rows": [{"text": text} for text in [*texts, texts[3].upper(), ""]], "schema": "text"},
+        {"name": "column", "path": "c.parquet", "schema": "text"},
+        {"name": "paragraphs", "path": "p.txt", "schema": "text", "repeat": 2},
+    ]
+    result = run(tmp_path, mixture, spm_tokenizer_dir, "--max-seq-len", "64")
+    assert result.returncode == 0, result.stderr
+    report, data = report_of(tmp_path / "out"), datasets.load_from_disk(str(tmp_path / "out"))
+    chat_line, rows, column, paragraphs = report["sources"]
+    assert rows["reasons"] == {"duplicate": 1, "empty text": 1} and rows["control_text"] == 10
+    assert rows["conversations"] == 9 and rows["sequences"] > 18  # longer than the window
+    assert [line["sequences"] for line in (column, paragraphs)] == [18, 36]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    texts_of = {}
+    for row in [*data["train"], *data["validation"]]:
+        ids, mask = row["input_ids"], row["assistant_masks"]
+        assert len(ids) <= 64 and ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        if row["source"] != "chat":
+            assert mask == [False] + [True] * (len(ids) - 1) and not {49_152, 49_153, 49_154, 49_155} & set(ids)
+            texts_of.setdefault(row["source"], set()).add(tokenizer.decode(ids[1:]))
+    assert "Paragraph 7\nhas two lines." in texts_of["paragraphs"] and len(texts_of["column"]) == 20
+    plain = report["plain_text"]
+    for name in ("read", "conversations", "sequences", "tokens", "trainable_tokens"):
+        assert plain[name] == sum(line[name] for line in (rows, column, paragraphs)), name
+        assert report["totals"][name] == plain[name] + chat_line[name], name
+    assert plain["trainable_tokens"] == plain["tokens"] - plain["sequences"]
+    assert f"| of these, plain text | 52 | 2 | 45 |  | {plain['sequences']} | {plain['tokens']:,} |" in result.stdout
+    assert f"| of these, conversations | 20 | 0 | 18 |  | 18 | {chat_line['tokens']:,} |" in result.stdout
+    shown = run(tmp_path, None, spm_tokenizer_dir, "--show", "1").stdout
+    assert "\033[32mText " in shown
+
+
+def test_a_turn_with_train_false_is_masked_and_the_report_counts_it(tmp_path, small_tokenizer_dir):
+    rows = [chat(f"question {n}", "bad", "again", f"good {n}") for n in range(20)]
+    for row in rows[:7]:
+        row["messages"][1]["train"] = False
+    rows[8]["messages"][1]["train"] = "false"
+    result = run(tmp_path, [{"name": "s", "rows": rows}], small_tokenizer_dir)
+    assert result.returncode == 0, result.stderr
+    assert '- s: 7 kept, changed: assistant turn with "train": false masked' in result.stdout
+    (line,) = rejected_of(tmp_path / "out")
+    assert (line["row"], line["reason"]) == (8, '"train" is neither true nor false')
+    tokenizer, data = (
+        AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer"),
+        datasets.load_from_disk(str(tmp_path / "out")),
+    )
+    masked = 0
+    for row in [*data["train"], *data["validation"]]:
+        ids = [i for i, trained in zip(row["input_ids"], row["assistant_masks"], strict=True) if trained]
+        assert "bad<|im_end|>" in tokenizer.decode(row["input_ids"])
+        masked += "bad" not in tokenizer.decode(ids)
+    assert masked == 7
+
+
 # ---- What is rejected on purpose ----
 
 

@@ -99,7 +99,7 @@ def test_wrong_files_are_a_sentence(tmp_path):
         ("object.json", "expected a JSON array of rows, found '{\"a\": 1}'"),
         ("text.parquet", "has no column messages; it has text"),
         ("broken.parquet", "not a parquet file). Check that the file is whole and that you may read it."),
-        ("notes.txt", "isn't a .jsonl, .json or .parquet file"),
+        ("notes.md", "isn't a .jsonl, .json, .parquet or .txt file"),
     ]:
         with pytest.raises(SystemExit, match=re.escape(sentence)):
             open_rows(tmp_path, path=path)
@@ -114,6 +114,16 @@ def test_parquet_with_odd_names_broken_text_and_dates_is_read_and_its_rows_are_r
     assert reasons == [None, "row is not valid UTF-8", "row has a value out of range"]
 
 
+def test_the_paragraphs_of_a_text_file_are_rows_and_one_that_is_not_utf8_is_alone_unreadable(tmp_path):
+    (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbfOne\nline two\n\n \t\n\nTwo \xff\r\n\r\n\xc3\xa4 three")
+    rows = open_rows(tmp_path, path="s.txt", schema="text")
+    one, two, three = rows.take([0, 1, 2])
+    assert one == ({"text": "One\nline two\n"}, None) and three == ({"text": "ä three"}, None) and len(rows) == 3
+    assert two == (None, ("row is not valid UTF-8", "", "Two \ufffd\r\n"))
+    with pytest.raises(SystemExit, match=r"no row of .* has 'kind', a column of its"):
+        open_rows(tmp_path, path="s.txt", schema="text", exclude={"kind": ["x"]})
+
+
 def test_a_column_to_exclude_by_that_no_row_has_is_refused(tmp_path):
     rows = [row | ({"sauce": "x"} if number == 19 else {}) for number, row in enumerate(ROWS)]
     write_lines(tmp_path / "s.jsonl", rows)
@@ -125,7 +135,7 @@ def test_a_column_to_exclude_by_that_no_row_has_is_refused(tmp_path):
 def test_a_file_that_fails_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("{}\n")
-    rows = sources.JsonRows(path)
+    rows = sources.FileRows(path)
     os.close(rows.file.fileno())
     with pytest.raises(SystemExit, match=r"rows.jsonl cannot be read at byte 0 \(\[Errno 9\] Bad file descriptor\)"):
         rows.take([0])
@@ -170,7 +180,7 @@ def test_json_arrays_that_are_cut_off_keep_what_is_whole(tmp_path, capsys):
         assert whole == NESTED[: len(whole)] and len(whole) > 46
         assert damage.reason == "truncated file" and damage.row == len(whole)
         assert damage.begin + damage.bytes == size
-    rows = sources.JsonRows(path)
+    rows = sources.FileRows(path)
     assert len(rows) == damage.row + 1 and rows.damage == damage
     warning = f"rows.json: from row {damage.row} on, {damage.bytes} bytes are not read (truncated file, byte {size}: "
     assert warning in capsys.readouterr().err
@@ -206,7 +216,7 @@ def test_damage_in_a_json_array_costs_its_row_and_what_is_behind(tmp_path, capsy
         assert path.read_bytes().index(lines[7]) <= byte
         assert [json.loads(element) for element in whole] == NESTED[:number]
         assert lost.begin + lost.bytes == size
-    rows = sources.JsonRows(path)
+    rows = sources.FileRows(path)
     assert f"from row {number} on, {lost.bytes:,} bytes are not read" in capsys.readouterr().err
     start = path.read_bytes()[lost.begin :][:80].decode()
     assert rows.take([number]) == [(None, (lost.reason, lost.detail, start))]
@@ -221,7 +231,7 @@ def test_damage_in_a_json_array_is_not_read_to_the_files_end(tmp_path, monkeypat
     monkeypatch.setattr(os, "pread", lambda file, size, begin: sizes.append(size) or pread(file, size, begin))
     for damage, reason in (("{!", "row is not valid JSON"), ('{"a": "', "longer than a million characters")):
         path.write_text('[{"a": 1}, ' + damage + "x" * 1_000_000)
-        rows = sources.JsonRows(path)
+        rows = sources.FileRows(path)
         assert len(rows) == 2
         [(row, (reported, _, start))] = rows.take([1])
         assert row is None and reported == reason and start.startswith(damage)

@@ -10,7 +10,10 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-SCRIPTS = ("generate_constitutional", "import_base", "prepare_data", "resize_vocab", "sft_v1", "export_hf", "chat")
+SCRIPTS = (
+    *("generate_constitutional", "sample_base", "import_base", "prepare_data", "resize_vocab", "sft_v1", "export_hf"),
+    "chat",
+)
 ROOT_FILES = {f"{script}.py" for script in SCRIPTS}
 ROOT_FILES |= {
     "constitution.md",

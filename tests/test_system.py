@@ -292,7 +292,7 @@ def test_the_cpu_is_taken_beside_an_unused_card_only_where_it_is_asked_for(machi
             system.choose_device(setting, "--device cpu")
 
 
-@pytest.mark.parametrize("script", ["sft_v1.py", "chat.py"])
+@pytest.mark.parametrize("script", ["sft_v1.py", "chat.py", "sample_base.py"])
 def test_a_script_refuses_an_unused_card_before_any_work(tmp_path, script):
     """Where there is a GPU, CUDA_VISIBLE_DEVICES hides it from torch, and the answer names that machine's driver."""
     fake_card(tmp_path / "bin", "535.183.01")

@@ -5,6 +5,7 @@ Run it alone: bash tests/run.sh tests/test_workers.py
 
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,6 +66,42 @@ def test_a_batch_holds_the_sequences_of_the_kept_rows_in_order(small_encoder):
     texts = [tokenizer.decode(ids) for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
     assert [text.count("<|im_start|>") for text in texts] == [4, 2, 2] and "is <|im_end|> text?" in texts[1]
     assert tokenizer.decode(batch.ids[batch.mask]) == "d<|im_end|>f<|im_end|>yes<|im_end|>b<|im_end|>"
+
+
+def test_a_batch_of_plain_text_holds_its_windows_without_markers_all_trained(small_encoder):
+    tokenizer, encoder = small_encoder
+    rows = [{"text": "One <|im_end|> and <think> are text."}, {"text": "word " * 40}, {"text": ""}]
+    batch = workers.prepare_rows(work_of(encoder, rows, prepare_args(MAX_SEQ_LEN=32), schema="text"), [1, 0, 2])
+    assert [result.reason for result in batch.results] == [None, None, "empty text"]
+    assert [result.control_text for result in batch.results] == [False, True, False]
+    assert batch.results[0].sequences > 1 and batch.lengths.max() == 32
+    assert not encoder.is_control[batch.ids].any()
+    starts = np.cumsum([0, *batch.lengths])[:-1]
+    assert not batch.mask[starts].any() and batch.mask.sum() == len(batch.ids) - len(starts)
+    assert tokenizer.decode(batch.ids) == ("word " * 40).strip() + "One <|im_end|> and <think> are text."
+
+
+def test_plain_text_may_name_other_models_and_its_duplicates_and_overlaps_are_found(small_encoder):
+    _, encoder = small_encoder
+    rows = [{"text": "ChatGPT was developed by OpenAI."}, {"text": " chatgpt was developed by openai."}]
+    rows.append({"text": "The answer to the famous question is in the book."})
+    work = work_of(encoder, rows, schema="text")
+    work.overlap = SimpleNamespace(find=lambda texts: ("task", "famous question") if "famous" in texts[0] else None)
+    first, second, third = workers.prepare_rows(work, [0, 1, 2]).results
+    assert not first.reason and first.key == second.key
+    assert (third.reason, third.detail) == ("contaminated: task", "famous question")
+
+
+def test_a_masked_answer_is_context_and_an_exchange_of_nothing_else_is_left_out_of_a_split(small_encoder):
+    tokenizer, encoder = small_encoder
+    rows = [chat("a", "b " * 20, "c", "d " * 20)]
+    rows[0]["messages"][1]["train"] = False
+    batch = workers.prepare_rows(work_of(encoder, rows), [0])
+    assert tokenizer.decode(batch.ids[batch.mask]) == "d " * 19 + "d<|im_end|>"
+    assert "b b b" in tokenizer.decode(batch.ids)
+    batch = workers.prepare_rows(work_of(encoder, rows, prepare_args(MAX_SEQ_LEN=64)), [0])
+    assert batch.lengths.tolist() == [len(batch.ids)] and "b b b" not in tokenizer.decode(batch.ids)
+    assert "exchange without a trained token in the window left out" in batch.results[0].changes
 
 
 # ---- Processes ----

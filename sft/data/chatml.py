@@ -1,7 +1,8 @@
 """ChatML: the template, the extended tokenizer, and the encoder that places every control token itself.
 
-A conversation is `<|im_start|>role\\ncontent<|im_end|>\\n` per turn. Text is data: whatever it spells, it never becomes
-a control token. Used by prepare_data.py; resize_vocab.py and export_hf.py read the special tokens through it.
+A conversation is `<|im_start|>role\\ncontent<|im_end|>\\n` per turn; a document of plain text has no markers. Text is
+data: whatever it spells, it never becomes a control token. Used by prepare_data.py; resize_vocab.py and export_hf.py
+read the special tokens through it.
 """
 
 import itertools
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sft import hf_folder, system
+from sft.data.conversations import ASSISTANT, MASKED
 
 # ==== Constants ====
 
@@ -104,11 +106,12 @@ def special_ids(folder, tokenizer):
 # ==== A tokenizer for text only ====
 
 
-def text_state(backend, after_control):
+def text_state(backend, after):
     """Return the tokenizer.json (dict) of a copy of the `Tokenizer` that finds no control token in text.
 
-    after_control: True for text that follows a control token; False for text that follows other text, where nothing may
-    be put in front of it (Metaspace's "▁", a Prepend normalizer, ByteLevel's space).
+    after: what the text follows: None for a document, which the base's tokenizer sees as it is; "control" for a control
+    token; "text" for other text, where nothing may be put in front of it (Metaspace's "▁", a Prepend normalizer,
+    ByteLevel's space).
     """
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
@@ -119,27 +122,29 @@ def text_state(backend, after_control):
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] >= len(pieces)]
         for index in control_ids.intersection(range(len(pieces))):
             pieces[index][0] = f"\U0010fffd{index}\U0010fffd"
-    for part in ("normalizer", "pre_tokenizer"):
-        state[part] = without_prefix(state[part], after_control)
+    if after:
+        for part in ("normalizer", "pre_tokenizer"):
+            state[part] = without_prefix(state[part], after)
     return state
 
 
-def without_prefix(part, after_control):
+def without_prefix(part, after):
     """Return a normalizer or pre-tokenizer (JSON: dict or None) without what it puts in front of a text.
 
     After a control token only Metaspace's scheme "first" is taken away: to the tokenizer, no text there is the first.
+    after: as in `text_state`.
     """
     if part is None:
         return None
-    if part["type"] == "Prepend" and not after_control:
+    if part["type"] == "Prepend" and after == "text":
         return None
-    if part["type"] == "Metaspace" and (not after_control or part.get("prepend_scheme") == "first"):
+    if part["type"] == "Metaspace" and (after == "text" or part.get("prepend_scheme") == "first"):
         part["prepend_scheme"] = "never"
-    if part["type"] == "ByteLevel" and not after_control:
+    if part["type"] == "ByteLevel" and after == "text":
         part["add_prefix_space"] = False
     for key in ("normalizers", "pretokenizers"):
         if key in part:
-            children = [without_prefix(child, after_control) for child in part[key]]
+            children = [without_prefix(child, after) for child in part[key]]
             part[key] = [child for child in children if child]
     return part
 
@@ -169,7 +174,7 @@ def has_think_block(content):
 
 
 class Encoder:
-    """Encodes conversations by segments: control ids are placed here, all else is text.
+    """Encodes conversations and documents by segments: control ids are placed here, all else is text.
 
     A segment is (ids: array of `id_type`, whether it is trained); a turn is a list of segments.
     """
@@ -179,10 +184,11 @@ class Encoder:
         ids = max(backend.get_vocab(with_added_tokens=True).values()) + 1  # more than tokens, if there are holes
         self.id_type = np.uint16 if ids <= 2**16 else np.uint32
         self.train_special, self.keep_past_thinking = train_on_special_tokens, keep_past_thinking
-        # Two copies: for text that follows a control token and for text that follows text (often the same).
-        states = [text_state(backend, after_control) for after_control in (True, False)]
+        # Copies for text that follows a control token, for text that follows text, and for documents (often the same).
+        states = [text_state(backend, after) for after in ("control", "text", None)]
         self.after_control = text_tokenizer(states[0])
         self.after_text = self.after_control if states[0] == states[1] else text_tokenizer(states[1])
+        self.document = self.after_control if states[0] == states[2] else text_tokenizer(states[2])
         # The control ids. The unknown token isn't one: text may become it, where the model lacks a character.
         added = backend.get_added_tokens_decoder()
         unknown = tokenizer.unk_token_id
@@ -194,6 +200,7 @@ class Encoder:
         self.bos = [tokenizer.bos_token_id] if adds_bos else []
         # The fixed segments of a turn.
         self.headers = {role: self.header_ids(f"{role}\n") for role in ("system", "user", "assistant")}
+        self.headers[MASKED] = self.headers["assistant"]
         newline = self.header_ids("\n")
         self.heads = {role: (self.array([self.start, *ids]), False) for role, ids in self.headers.items()}
         self.markers = [(self.array([token_id]), self.train_special) for token_id in (self.think, self.unthink)]
@@ -229,6 +236,11 @@ class Encoder:
                 conversations.append([self.assemble(*turn, encoded) for turn in plan])
         return conversations
 
+    def encode_documents(self, texts):
+        """Return for each document (str) its ids, an array, as the base's tokenizer gives them; None as in `encode`."""
+        documents, control_texts = self.encode_texts(self.document, texts)
+        return [None if index in control_texts else ids for index, ids in enumerate(documents)]
+
     def plan(self, turns, texts):
         """Append the texts of a conversation to `texts`; return for each turn (role, think_block, indices).
 
@@ -238,7 +250,7 @@ class Encoder:
         plan = []
         for i, (role, content) in enumerate(turns):
             parts, think_block = [content], False
-            if role == "assistant" and has_think_block(content):
+            if role in ASSISTANT and has_think_block(content):
                 reasoning, answer = content[len(THINK[0]) :].split(THINK[1])
                 think_block = self.keep_past_thinking or i > last_user
                 parts = [reasoning, answer] if think_block else [answer.strip()]
@@ -266,12 +278,13 @@ class Encoder:
         trained = role == "assistant"
         segments = [(encoded[think_block][index], trained) for index in indices]
         if think_block:
-            segments = [self.markers[0], segments[0], self.markers[1], segments[1]]
+            markers = [(ids, special and trained) for ids, special in self.markers]
+            segments = [markers[0], segments[0], markers[1], segments[1]]
         return [self.heads[role], *segments, *self.ends[trained]]
 
     def visible_text(self, role, content):
         """Return `content` without the markers of its own think block: where a control token's name would be text."""
-        if role == "assistant" and has_think_block(content):
+        if role in ASSISTANT and has_think_block(content):
             return content.replace(THINK[0], "").replace(THINK[1], "")
         return content
 
@@ -331,6 +344,25 @@ def cut(head, turns, max_seq_len, overflow):
     if len(kept) < len(pieces):
         lost.append("exchange without a trained token in the window left out")
     return kept, lost
+
+
+def cut_document(head, ids, max_seq_len, overflow):
+    """Cut a document of plain text into sequences of at most `max_seq_len` tokens; each begins with `head`.
+
+    head: list of segments (a BOS, or an empty one); ids: array, the document's; overflow: as in `cut`. All of the text
+    is trained but the first token of a sequence without a BOS, which nothing predicts.
+    Returns: as `cut` does.
+    """
+    head_size = length(head)
+    room, first = max_seq_len - head_size, 0 if head_size else 1
+    windows = [ids[begin : begin + room] for begin in range(0, len(ids), room)]
+    lost = []
+    if len(windows) > 1 and overflow == "drop":
+        return [], []
+    if len(windows) > 1 and overflow == "truncate":
+        windows, lost = windows[:1], ["end cut off at the window"]
+    sequences = [[*head, (window[:first], False), (window[first:], True)] for window in windows if len(window) > first]
+    return sequences, lost
 
 
 # ==== Self-test ====

@@ -1,7 +1,7 @@
 """From a row of a source to a conversation: each schema, the rules for rejection, the repairs, the duplicates' key.
 
 A row becomes a list of (role, content) that alternates from user to assistant, after at most one system turn, or it is
-rejected with a reason. Used by prepare_data.py.
+rejected with a reason. A row of plain text becomes a list of one turn, ("text", content). Used by prepare_data.py.
 """
 
 import hashlib
@@ -14,7 +14,10 @@ SCHEMAS = {  # schema -> (the columns it needs, what makes (role, content) pairs
     "conversations": (("conversations",), lambda row: [(turn["from"], turn["value"]) for turn in row["conversations"]]),
     "query/response": (("query", "response"), lambda row: [("user", row["query"]), ("assistant", row["response"])]),
     "prompt/response": (("prompt", "response"), lambda row: [("user", row["prompt"]), ("assistant", row["response"])]),
+    "text": (("text",), lambda row: [("text", row["text"])]),
 }
+MASKED = "masked assistant"  # role of an assistant's turn with "train": false
+ASSISTANT = ("assistant", MASKED)
 ROLES = {
     "system": "system",
     "user": "user",
@@ -25,6 +28,7 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    MASKED: MASKED,
 }
 TOOL_ROLES = ("tool", "function", "ipython", "function_call", "function_response", "observation", "tool_call")
 
@@ -33,12 +37,35 @@ def read_turns(row, source):
     """Return (raw turns of a row of the Source, None, or the reason why it has none or the source excludes it)."""
     try:
         turns = SCHEMAS[source.schema][1](row)
+        if any(role == MASKED for role, _ in turns):  # the name is ours, no data set's
+            return turns, "unknown role"
         for column, values in source.exclude.items():
             if row.get(column) in values:
                 return turns, f"excluded: {column} is {row[column]}"
+        if source.schema == "messages":
+            return mark_masked(row["messages"], turns)
     except (KeyError, TypeError, AttributeError):
         return [], "no turns in the schema's columns"
     return turns, None
+
+
+def mark_masked(messages, turns):
+    """Give the assistant's turns with "train": false the role MASKED.
+
+    messages: the row's list of dicts; turns: its (role, content). Returns: (turns, None or a reason to reject the row).
+    """
+    marked = []
+    for message, (role, content) in zip(messages, turns, strict=True):
+        train = message.get("train")  # None: a column that only other turns have
+        assistant = isinstance(role, str) and ROLES.get(role) == "assistant"
+        if message.get("tool_calls"):
+            return turns, "tool turn"
+        if train is not None and not isinstance(train, bool):
+            return turns, '"train" is neither true nor false'
+        if train and not assistant:
+            return turns, '"train" is true outside an assistant turn'
+        marked.append((MASKED if assistant and train is False else role, content))
+    return marked, None
 
 
 # ==== Rules ====
@@ -53,25 +80,37 @@ def is_utf8(text):
     return True
 
 
+NOT_TEXT = ("content is not text", lambda turns: not all(isinstance(content, str) for _, content in turns))
+# Its tokens would take 150 bytes of memory per character; a window holds a hundredth of it.
+TOO_LONG = ("longer than a million characters", lambda turns: sum(len(content) for _, content in turns) > 1_000_000)
+NOT_UNICODE = ("text is not valid Unicode", lambda turns: not all(is_utf8(content) for _, content in turns))
 REJECTIONS = [  # (reason, predicate of the raw turns); a row is rejected for the first that holds
     ("no turns", lambda turns: not turns),
-    ("content is not text", lambda turns: not all(isinstance(content, str) for _, content in turns)),
-    # Its tokens would take 150 bytes of memory per character; a window holds a hundredth of it.
-    ("longer than a million characters", lambda turns: sum(len(content) for _, content in turns) > 1_000_000),
+    NOT_TEXT,
+    TOO_LONG,
     ("role is not text", lambda turns: not all(isinstance(role, str) for role, _ in turns)),
     ("tool turn", lambda turns: any(role in TOOL_ROLES for role, _ in turns)),
     ("unknown role", lambda turns: not all(role in ROLES for role, _ in turns)),
-    ("text is not valid Unicode", lambda turns: not all(is_utf8(content) for _, content in turns)),
+    NOT_UNICODE,
     ("system turn in the middle", lambda turns: any(ROLES[role] == "system" for role, _ in turns[1:])),
     ("empty user turn", lambda turns: any(ROLES[role] == "user" and not text.strip() for role, text in turns)),
-    ("empty assistant turn", lambda turns: any(ROLES[role] == "assistant" and not t.strip() for role, t in turns)),
-    ("no assistant turn", lambda turns: not any(ROLES[role] == "assistant" for role, _ in turns)),
+    ("empty assistant turn", lambda turns: any(ROLES[role] in ASSISTANT and not t.strip() for role, t in turns)),
+    ("no assistant turn", lambda turns: not any(ROLES[role] in ASSISTANT for role, _ in turns)),
+    ('every assistant turn has "train": false', lambda turns: not any(ROLES[role] == "assistant" for role, _ in turns)),
+    ('of two assistant turns in a row, one has "train": false', lambda turns: any(map(half_masked, turns, turns[1:]))),
 ]
+DOCUMENT_REJECTIONS = [NOT_TEXT, TOO_LONG, NOT_UNICODE, ("empty text", lambda turns: not turns[0][1].strip())]
 
 
-def reason_to_reject(turns):
-    """Return the first reason of REJECTIONS that holds for the raw turns, or None."""
-    return next((reason for reason, holds in REJECTIONS if holds(turns)), None)
+def half_masked(first, second):
+    """Return whether two raw turns are the assistant's and only one is trained: merged, they would be neither."""
+    return {ROLES[first[0]], ROLES[second[0]]} == set(ASSISTANT)
+
+
+def reason_to_reject(turns, schema):
+    """Return the first reason of the schema's rules that holds for the raw turns, or None."""
+    rules = DOCUMENT_REJECTIONS if schema == "text" else REJECTIONS
+    return next((reason for reason, holds in rules if holds(turns)), None)
 
 
 # ==== Repairs ====
@@ -89,12 +128,12 @@ def repair(turns):
     """Return (turns as trimmed (role, content) that alternate from user to assistant, list of what was changed)."""
     repaired, changes = [], []
     for role, content in turns:
-        role, text = ROLES[role], content.strip()
+        role, text = ROLES.get(role, role), content.strip()
         if text != content:
             changes.append("white space trimmed")
         if role == "system" and not text:
             changes.append("empty system turn left out")
-        elif role == "assistant" and (not repaired or repaired[-1][0] == "system"):
+        elif role in ASSISTANT and (not repaired or repaired[-1][0] == "system"):
             changes.append("assistant turn before the first user turn left out")
         elif repaired and repaired[-1][0] == role:
             repaired[-1] = (role, f"{repaired[-1][1]}\n\n{text}")
@@ -104,6 +143,8 @@ def repair(turns):
     if repaired and repaired[-1][0] == "user":
         repaired.pop()
         changes.append("unanswered last user turn left out")
+    if any(role == MASKED for role, _ in repaired):
+        changes.append('assistant turn with "train": false masked')
     return repaired, sorted(set(changes))
 
 

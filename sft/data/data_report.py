@@ -39,12 +39,25 @@ def source_table(report):
     lines = [f"| source | {names} | trainable | share |", "|---|" + "---:|" * (len(columns) + 2)]
     rows = [source | {"repeat": f"{source['source']['repeat']}x"} for source in report["sources"]]
     rows.append({"name": "all", "repeat": ""} | report["totals"])
+    rows += kinds(report)
     for row in rows:
         cells = [row[column] if column == "repeat" else f"{row[column]:,}" for column in columns]
         trainable = row["trainable_tokens"] / row["tokens"]
         share = row["trainable_tokens"] / report["totals"]["trainable_tokens"]
         lines.append(f"| {table_cell(row['name'])} | {' | '.join(cells)} | {trainable:.1%} | {share:.1%} |")
+    if len(rows) > len(report["sources"]) + 1:
+        lines += ["", "plain text: no markers, and all of it is trained; a document counts as a conversation."]
     return lines
+
+
+def kinds(report):
+    """Return the table's rows that count conversations and plain text apart, if the mixture has both."""
+    text = report["plain_text"]
+    conversations = {name: count - text[name] for name, count in report["totals"].items()}
+    if not text["tokens"] or not conversations["tokens"]:
+        return []
+    rows = {"of these, conversations": conversations, "of these, plain text": text}
+    return [{"name": name, "repeat": ""} | counts for name, counts in rows.items()]
 
 
 def source_notes(source):

@@ -1,4 +1,4 @@
-"""The sources of a mixture, and where their rows come from: JSONL, JSON and Parquet files, and the hub.
+"""The sources of a mixture, and where their rows come from: JSONL, JSON, text and Parquet files, and the hub.
 
 Used by prepare_data.py.
 """
@@ -154,16 +154,19 @@ class Damage:
         return f"from row {self.row} on, {self.bytes:,} bytes are not read ({self.reason}, {self.detail})"
 
 
-class JsonRows:
-    """Random access to the rows of a JSONL file or a JSON array, by byte offsets; any process may read at any time.
+class FileRows:
+    """Random access to the rows of a file, by byte offsets; any process may read at any time.
 
+    They are the lines of a JSONL file, the elements of a JSON array or, as {"text": ...}, a text file's paragraphs.
     damage: the Damage of a JSON array, or None; the damaged part counts as one row, which cannot be read.
     """
 
     def __init__(self, path):
-        self.path, self.damage = path, None
+        self.path, self.damage, self.parse = path, None, json.loads
         if path.suffix == ".jsonl":
             spans = line_spans(path)
+        elif path.suffix == ".txt":
+            spans, self.parse = paragraph_spans(path), paragraph_row
         else:
             spans, self.damage = array_spans(path)
         if self.damage:
@@ -190,7 +193,7 @@ class JsonRows:
             return None, (self.damage.reason, self.damage.detail, start.decode("utf-8", "replace"))
         data = self.read_bytes(begin, end - begin)
         try:
-            return json.loads(data.decode()), None
+            return self.parse(data.decode()), None
         except UnicodeDecodeError:
             reason = "row is not valid UTF-8"
         except system.JSON_ERRORS:
@@ -236,6 +239,27 @@ def line_spans(path):
             if line.strip():
                 spans.extend((begin, end))
     return spans
+
+
+def paragraph_spans(path):
+    """Return where the paragraphs of the file `path` lie, which blank lines part: begin and end of each, in bytes."""
+    spans, end, inside = array("q"), 0, False
+    with path.open("rb") as file:
+        for line in file:
+            begin, end = end, end + len(line)
+            if not line.strip():
+                inside = False
+            elif inside:
+                spans[-1] = end
+            else:
+                spans.extend((begin, end))
+                inside = True
+    return spans
+
+
+def paragraph_row(text):
+    """Return the row of a paragraph, without the byte order mark that some editors put in front of a file."""
+    return {"text": text.removeprefix("\ufeff")}
 
 
 def array_spans(path, chunk=1 << 18):
@@ -317,8 +341,8 @@ def find_source(source, folder):
     Raises: SystemExit if the file, the hub or a column is missing.
     """
     file = source.path if source.hub is None else source.file
-    if file is not None and Path(file).suffix not in (".jsonl", ".json", ".parquet"):
-        raise SystemExit(f"{source.name}: {file} isn't a .jsonl, .json or .parquet file. Convert it to one of them.")
+    if file is not None and Path(file).suffix not in (".jsonl", ".json", ".parquet", ".txt"):
+        raise SystemExit(f"{source.name}: {file} isn't a .jsonl, .json, .parquet or .txt file. Convert it to one.")
     if source.hub is not None:
         found, commit = hub.fetch(source)  # one file as it lies there: `datasets` would hold a JSON array in memory
         fingerprint = {"revision": commit}
@@ -328,7 +352,7 @@ def find_source(source, folder):
             raise SystemExit(f"{source.name}: no file {found}. Put it there or change the source's path.")
         fingerprint = {"bytes": found.stat().st_size, "modified": found.stat().st_mtime_ns, "revision": None}
     if file is not None and found.suffix != ".parquet":
-        return lambda: open_json(source, found), fingerprint
+        return lambda: open_rows(source, found), fingerprint
     rows = with_columns(source, found if file is None else read_file(source, found, load_parquet))
     return lambda: ArrowRows(rows), fingerprint
 
@@ -338,9 +362,9 @@ def load_parquet(path):
     return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
 
 
-def open_json(source, path):
-    """Return the JsonRows of a file. Raises: SystemExit if it cannot be read or lacks a column to exclude by."""
-    rows = read_file(source, path, JsonRows)
+def open_rows(source, path):
+    """Return the FileRows of a file. Raises: SystemExit if it cannot be read or lacks a column to exclude by."""
+    rows = read_file(source, path, FileRows)
     missing = set(source.exclude)  # rows may lack it, but not all of them
     for number in range(len(rows)):
         if not missing:

@@ -68,7 +68,10 @@ def prepare_rows(work, numbers):
     kept = [(result, turns) for result, turns in conversations_kept if not result.reason]
     mark_control_text(work.encoder, kept)
     sequences = []
-    encoded = work.encoder.encode([turns for _, turns in kept])
+    if work.source.schema == "text":
+        encoded = work.encoder.encode_documents([text for _, [(_, text)] in kept])
+    else:
+        encoded = work.encoder.encode([turns for _, turns in kept])
     for (result, turns), segments in zip(kept, encoded, strict=True):
         sequences += cut_row(work, result, turns, segments)
     empty = work.encoder.array([])
@@ -90,7 +93,7 @@ def read_rows(work, numbers):
             continue
         turns, result.reason = conversations.read_turns(row, work.source)
         result.start = conversations.first_words(turns)
-        result.reason = result.reason or conversations.reason_to_reject(turns)
+        result.reason = result.reason or conversations.reason_to_reject(turns, work.source.schema)
         if result.reason:
             continue
         repaired, result.changes = conversations.repair(turns)
@@ -126,16 +129,18 @@ def mark_control_text(encoder, kept):
 
 
 def cut_row(work, result, turns, encoded):
-    """Return the sequences of one conversation (lists of segments), or [] after setting the reason for rejection.
+    """Return the sequences of one row (lists of segments), or [] after setting the reason for rejection.
 
-    turns: list of (role, content); encoded: their segments, or None where text became a control token.
+    turns: list of (role, content); encoded: their segments or, of a document, its ids; None where text became a control
+    token.
     """
     if encoded is None:
         result.reason = "text became a control token"
         return []
     encoder, overflow = work.encoder, work.args["OVERFLOW"]
     head = [(encoder.array(encoder.bos), False)]
-    sequences, lost = chatml.cut(head, encoded, work.args["MAX_SEQ_LEN"], overflow)
+    cut = chatml.cut_document if work.source.schema == "text" else chatml.cut
+    sequences, lost = cut(head, encoded, work.args["MAX_SEQ_LEN"], overflow)
     result.changes += lost
     if not sequences:
         result.reason = "longer than the window" if overflow == "drop" else "nothing trainable in the window"

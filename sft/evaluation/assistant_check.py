@@ -68,6 +68,11 @@ def load_rows(data_dir):
         raise SystemExit(f"{data_dir} holds no finished data ({error}). Run prepare_data.py again.") from None
 
 
+def is_document(mask):
+    """Return whether a sequence is plain text, trained from its second token at the latest: it has no markers."""
+    return mask.index(True) < 2
+
+
 def first_prompt(ids, mask, header):
     """Return the ids up to the first answer, as a server sends them. ids, mask: lists; header: ids that open it."""
     first = mask.index(True)
@@ -85,6 +90,8 @@ def pick_prompts(rows, tokenizer, max_tokens, number):
     header = with_header[len(without) :]
     prompts = []
     for ids, mask in zip(rows["input_ids"], rows["assistant_masks"], strict=True):
+        if is_document(mask):
+            continue
         prompt = first_prompt(ids, mask, header)
         if len(prompt) <= max_tokens:
             prompts.append(prompt)
@@ -195,15 +202,17 @@ def table(before, after, rows):
     """Return the entries for compare_evals.py. before, after: of `measure`; rows: of `load_rows`."""
     sources = rows["source"]
     weights = [sum(mask) for mask in rows["assistant_masks"]]
+    texts = {source for source, mask in zip(sources, rows["assistant_masks"], strict=True) if is_document(mask)}
     groups = []
     for name in sorted(set(sources)):
         groups.append((name, [index for index, source in enumerate(sources) if source == name]))
-    if len(groups) > 1:
-        groups.append(("all", list(range(len(sources)))))
+    if len(groups) - len(texts) > 1:
+        groups.append(("all", [index for index, source in enumerate(sources) if source not in texts]))
     entries = []
     for name, chosen in groups:
         columns = [[column[index] for index in chosen] for column in (before["held_out"], after["held_out"], weights)]
-        entries.append(entry(f"Held-out answers: {name}", "loss", *columns))
+        label = f"Held-out {'text' if name in texts else 'answers'}: {name}"
+        entries.append(entry(label, "loss", *columns))
     entries.append(entry("Plain text", "loss", before["plain"][0], after["plain"][0], before["plain"][1]))
     if before["answers"]:
         ones = [1] * len(before["answers"])

@@ -42,35 +42,40 @@ chat = pipeline("text-generation", model=".")
 print(chat([{"role": "user", "content": "Who are you?"}], max_new_tokens=200)[0]["generated_text"][-1])
 ```
 
-In a terminal: `python chat.py --export-dir FOLDER`, with this folder.
+In a terminal: `python chat.py --export-dir FOLDER`, with this folder. For Ollama, see the first lines of `Modelfile`.
 """
 
 # ==== What the export keeps of the training run ====
 
 
-def describe(checkpoint, state, resized, parameters, dtype_name):
+def describe(source, state, weights, parameters, dtype_name):
     """Return the content of training.json, a dict.
 
-    checkpoint: Path of the checkpoint's folder; state: dict of its state.json; resized: folder that the run started
-    from; parameters: their number in the export; dtype_name: of the exported weights.
+    source: what is exported, with `checkpoints` (Paths, latest first), `base_share` (0 to 1) and `resized` (folder that
+    the run started from); state: dict of the latest checkpoint's state.json; weights: {file name: SHA-256} of the
+    safetensors in `resized`; parameters: their number in the export; dtype_name: of the exported weights.
     """
+    checkpoint = source.checkpoints[0]
     return {
         "checkpoint": checkpoint.name,
+        "averaged": [path.name for path in source.checkpoints],
+        "base_share": source.base_share,
         "parameters": parameters,
         "dtype": dtype_name,
         "state": state,
         "losses": read_losses(checkpoint.parent, state["step"]),
         "data": read_data(state),
-        "weights_sha256": read_base(Path(resized)),
+        "weights_sha256": read_base(Path(source.resized), weights),
     }
 
 
-def read_base(resized):
+def read_base(resized, weights):
     """Return {"base" | "resized": {file name: SHA-256}} of the weights of the base, and of the folder made from it.
 
-    "base" is None unless the resize.json in the folder `resized` belongs to its weights and names the base's.
+    resized: that folder; weights: its digests. "base" is None unless the resize.json there belongs to these weights and
+    names the base's.
     """
-    weights, base = system.weight_digests(resized), None
+    base = None
     if (resized / "resize.json").is_file():
         named = system.read_json(resized / "resize.json", "resize_vocab.py").get("weights_sha256")
         if isinstance(named, dict) and named.get("resized") == weights:
@@ -213,6 +218,17 @@ def recipe_section(training):
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
 
+def origin(training):
+    """Return which weights these are, a phrase. training: dict of training.json."""
+    phrase = f"checkpoint `{training['checkpoint']}` ({training['state']['updates']:,} optimizer steps)"
+    if len(training["averaged"]) > 1:
+        names = ", ".join(f"`{name}`" for name in training["averaged"])
+        phrase = f"the mean of the checkpoints {names} ({training['state']['updates']:,} optimizer steps in the first)"
+    if training["base_share"]:
+        phrase += f", moved {training['base_share']:g} of the way back to the base's weights"
+    return phrase
+
+
 def write_first(folder, checkpoint, training):
     """Write training.json, the loss curve and the card into a new export `folder`.
 
@@ -245,7 +261,7 @@ def write(folder, results=None):
         "# A chat model by supervised fine-tuning",
         "",
         f"{training['parameters']:,} parameters, {training['dtype']}; from `{state['settings']['RESIZED_MODEL']}`, "
-        f"checkpoint `{training['checkpoint']}` ({state['updates']:,} optimizer steps).",
+        f"{origin(training)}.",
         "",
         *([] if missing else evaluation_section(folder, Path(results))),
         *data_section(training["data"]),

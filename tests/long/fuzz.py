@@ -138,6 +138,8 @@ def row_of(rng, schema):
     if names:
         roles = rng.choice((("user", "assistant"), ("human", "gpt"), ("system", "user"), ("assistant", "assistant")))
         row = {schema: [dict(zip(names, (roles[n % 2], text), strict=True)) for n, text in enumerate(texts)]}
+        if rng.random() < 0.3:
+            row[schema][-1]["train"] = rng.choice((True, False, None, 0, "no", []))
     else:
         row = {schema.partition("/")[0]: texts[0], "response": texts[1]}
     for _ in range(rng.randrange(3)):
@@ -146,7 +148,7 @@ def row_of(rng, schema):
 
 
 def source_of(rng):
-    schema = rng.choice(("messages", "conversations", "query/response", "prompt/response"))
+    schema = rng.choice(("messages", "conversations", "query/response", "prompt/response", "text"))
     exclude = {"exclude": {"from": ["x", None]}} if rng.random() < 0.2 else {}
     return {"name": "fuzz", "schema": schema, "examples": "all"} | exclude
 
@@ -174,10 +176,10 @@ def prepare_rows(world, source, rows, number):
 
 
 def make_files(rng):
-    source, suffix = source_of(rng), rng.choice((".jsonl", ".json"))
+    source, suffix = source_of(rng), rng.choice((".jsonl", ".json", ".txt"))
     rows = [encoded(rng, row_of(rng, source["schema"])) for _ in range(rng.randrange(4))]
     newline = rng.choice((b"\n", b"\n", b"\r\n", b"\n\n"))
-    data = newline.join(rows) + newline if suffix == ".jsonl" else b"[" + b", ".join(rows) + b"]"
+    data = newline.join(rows) + newline if suffix != ".json" else b"[" + b", ".join(rows) + b"]"
     return source | {"path": rng.choice(NAMES) + suffix}, spoil(rng, data)
 
 
