@@ -237,10 +237,13 @@ def train(data, base, ranks, threads, steps, **chosen):
         return steps_of(output)
 
 
-def peer(launcher, threads, chosen, *further):
-    """Return the figures that peer_train.py prints (dict). launcher: list, a Python and perhaps torchrun."""
+def peer(launcher, threads, chosen, *further, timeout=None):
+    """Return the figures that peer_train.py prints (dict). launcher: list, a Python and perhaps torchrun.
+
+    Raises: subprocess.TimeoutExpired after `timeout` seconds, if given.
+    """
     command = (*launcher, "benchmarks/peer_train.py", *flags(chosen), *further)
-    printed = run(*command, env={"OMP_NUM_THREADS": str(threads)})
+    printed = run(*command, env={"OMP_NUM_THREADS": str(threads)}, timeout=timeout)
     return json.loads(next(line for line in printed.splitlines() if line.startswith('{"step_seconds"')))
 
 
@@ -260,7 +263,7 @@ def machine():
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     packages = ("torch", "transformers", "datasets", "tokenizers")
-    query = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     record = {
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "cores": CORES,

@@ -7,7 +7,7 @@
 Random weights, 32 generated sequences per step with the lengths of Genesis's data (mean 716, cut at 2048), bfloat16
 compute with float32 weights and moments. First the links between the cards (link_speed.py), then sft_v1.py under
 torchrun: with its own choices, with a save in mid-run, and with one choice changed at a time; the deterministic run
-twice, to see whether their losses have the same bits. A run is a process of its own: one that fails or takes longer
+twice, to see whether losses and gradient norms have the same bits. A run is a process of its own: one that fails or takes longer
 than ROW_SECONDS is a row that says why. The second half of a run's steps is timed, and only real tokens count.
 
 The plan's side of the table: its bytes; the tokens/s behind its hours; for two RTX 4090 the bound of MFU by count at
@@ -85,7 +85,7 @@ def ours(size, chosen):
         "step_seconds": statistics.fmean(line["step_seconds"] for line in timed),
         "tokens_per_s": sum(line["tokens"] for line in timed) / sum(line["step_seconds"] for line in timed),
         "mfu": statistics.fmean(line["mfu"] for line in timed),
-        "losses": [line["loss"] for line in lines],
+        "curve": [(line["loss"], line["grad_norm"]) for line in lines],
         "stall_s": statistics.median(stalls[:-1]) if len(stalls) > 1 else None,  # training always waits for the last
         "plan": memory_plan.Plan(**record["plan"]),
     }
@@ -108,7 +108,9 @@ def peer(size, recipe, checkpointing):
     }
     python = common.PEERS / "bin" / "python" if recipe == "trl" else sys.executable
     launcher = [python, *common.TORCHRUN[1:], ranks] if ranks > 1 else [python]
-    figures = common.peer(launcher, common.CORES // ranks, chosen, *["--checkpointing"] * checkpointing)
+    figures = common.peer(
+        launcher, common.CORES // ranks, chosen, *["--checkpointing"] * checkpointing, timeout=ROW_SECONDS
+    )
     seconds = figures["step_seconds"][size["steps"] // 2 :]
     speed = sum(size["lengths"][size["steps"] // 2 * size["sequences"] :]) / sum(seconds)
     return {"ranks": ranks, "tokens_per_s": speed, "allocated_gib": figures["peak_gib"]}
@@ -225,8 +227,8 @@ def summary(rows):
     figures |= {name: rows["links"].get(name) for name in ("gather_gb_per_s", "reduce_gb_per_s")}
     figures["save_stall_s"] = rows["a save in mid-run"].get("stall_s")
     figures["mfu_checkpointing"] = rows.get("checkpointing on", {}).get("mfu")
-    if all("losses" in run for run in twice):
-        figures["deterministic"] = twice[0]["losses"] == twice[1]["losses"]
+    if all("curve" in run for run in twice):
+        figures["deterministic"] = twice[0]["curve"] == twice[1]["curve"]
     for recipe in ("trl", "padded"):
         speeds = [per_rank(run) for name, run in rows.items() if name.startswith(recipe) and "failed" not in run]
         figures[f"{recipe}_ratio"] = per_rank(first) / max(speeds) if speeds and "failed" not in first else None

@@ -18,7 +18,7 @@ RUN = {
     "step_seconds": 0.75,
     "mfu": 0.6,
     "allocated_gib": 19.0,
-    "losses": [2.0, 1.5],
+    "curve": [2.0, 1.5],
 }
 
 
@@ -92,7 +92,7 @@ def test_deterministic_runs_are_compared_and_peers_are_counted_per_rank(monkeypa
         "a save in mid-run": RUN,
         "padded, checkpointing on": RUN | {"ranks": 1},
     }
-    rows |= {"deterministic": RUN, "deterministic, again": RUN | {"losses": [2.0, 1.6]}}
+    rows |= {"deterministic": RUN, "deterministic, again": RUN | {"curve": [2.0, 1.6]}}
     figures = gpu.summary(rows)
     assert figures["deterministic"] is False and figures["padded_ratio"] == 0.5 and figures["trl_ratio"] is None
     assert gpu.summary(rows | {"deterministic, again": RUN})["deterministic"] is True
