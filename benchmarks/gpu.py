@@ -7,8 +7,9 @@
 Random weights, 32 generated sequences per step with the lengths of Genesis's data (mean 716, cut at 2048), bfloat16
 compute with float32 weights and moments. First the links between the cards (link_speed.py), then sft_v1.py under
 torchrun: with its own choices, with a save in mid-run, and with one choice changed at a time; the deterministic run
-twice, to see whether losses and gradient norms have the same bits. A run is a process of its own: one that fails or takes longer
-than ROW_SECONDS is a row that says why. The second half of a run's steps is timed, and only real tokens count.
+twice, to see whether losses and gradient norms have the same bits. A run is a process of its own: one that fails or
+takes longer than ROW_SECONDS is a row that says why. The second half of a run's steps is timed, and only real tokens
+count.
 
 The plan's side of the table: its bytes; the tokens/s behind its hours; for two RTX 4090 the bound of MFU by count at
 the measured link (symbolic_gpu.py); for a save the copy of a rank's state to host memory. MFU is the trainer's own; a
