@@ -88,7 +88,7 @@ def sample_replay(tokens):
     documents = round(tokens / TEXT_TOKENS * 1.5) + 12  # some end early, and the validation takes a few
     command = [sys.executable, "sample_base.py", "--base-model", common.BASE, "--output", path]
     command += ["--documents", documents, "--max-tokens", TEXT_TOKENS, "--start-token", START_TOKEN]
-    common.run(*command, "--batch-size", 16, "--dtype", "float32")
+    common.run(*command, "--dtype", "float32")
     lengths = [json.loads(line)["tokens"] for line in path.read_text().splitlines()]
     examples = max(1, round(tokens / np.mean(lengths)))
     return {"name": "replay", "path": str(path), "schema": "text", "examples": examples}
