@@ -363,10 +363,17 @@ def trace(what, stream, detail, keep=None):
 
 
 def host_wait(what, stream):
-    """Note that the host waits for `stream` (None: all of them) to have done what it was given."""
+    """Note that the host waits for `stream` (None: all of them) to have done what it was given.
+
+    Once for all elements of one `tolist()`, which reaches a fake tensor as several scalars and a card as one copy.
+    """
     tracker = Tracker.active
-    if tracker:
-        tracker.waits.append((tracker.phase, what, project_line()))
+    if not tracker:
+        return
+    wait = (tracker.phase, what, project_line())
+    events = tracker.trace.events
+    if not (events and events[-1][1] == "host" and tracker.waits[-1:] == [wait]):
+        tracker.waits.append(wait)
         trace("host", stream, what)
 
 
