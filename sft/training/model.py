@@ -3,6 +3,7 @@
 Used by sft_v1.py, and by memory_plan.py on the meta device.
 """
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -20,7 +21,11 @@ LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024
 
 # ==== Attention ====
 
+# torch 2.13's kernel lets several query heads share a key head; 2.11's asks for equal numbers of both.
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
+
+@torch.compiler.disable
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention inside each document; the function that the HF model calls.
 
@@ -37,18 +42,20 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         )
     if query.device.type == "cpu":
         return cpu_attention(query, key, value, lengths, scaling), None
-    # torch's variable-length flash attention; torch 2.11 asks for equal numbers of query and key heads.
-    groups = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    if not SHARED_HEADS:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
+    options = {"scale": scaling, "window_size": (-1, 0)} | SHARED_HEADS
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
     return output.unsqueeze(0), None
 
 
 def cpu_attention(query, key, value, lengths, scaling):
     """Return packed_attention's output [1, tokens, heads, head_dim] on a CPU, one document after another."""
-    grouped = query[0].unflatten(0, (key.shape[1], -1))
-    queries, keys, values = (part.split(lengths, dim=-2) for part in (grouped, key[0], value[0]))
+    query, key, value = (part.squeeze(0) for part in (query, key, value))
+    grouped = query.unflatten(0, (len(key), -1))
+    queries, keys, values = (part.split(lengths, dim=-2) for part in (grouped, key, value))
     scaling = scaling or query.shape[-1] ** -0.5
     outputs = [cpu.CausalAttention.apply(q, k, v, scaling) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
@@ -158,8 +165,6 @@ def prepare_blocks(model, activation_checkpointing, compile_blocks):
     torch.compile gets the pieces before and after the attention call, for any number of tokens: one compilation serves
     all blocks and steps. The forward is replaced, not the block, so that the names of parameters stay.
     """
-    if compile_blocks:
-        AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
     for layer in model.causal_lm.base_model.layers:
         if compile_blocks:
             layer.forward = torch.compile(layer.forward, dynamic=True)
