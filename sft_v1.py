@@ -566,14 +566,15 @@ def run(args, device, mesh, locks):
         return
 
     distributed.heartbeat("the largest micro-batch, tried first")
-    loader = dataloader.PackedLoader(data["train"], sizes, plan.tokens, device)
+    equal_counts = plan.communicate == "per_micro_batch"  # there each forward gathers, which is collective
+    loader = dataloader.PackedLoader(data["train"], sizes, plan.tokens, device, equal_counts)
     largest = dataloader.concatenate(list(loader.rows(survey.largest).values())).to(device)
     rehearse(model, optimizer, largest, plan.communicate)
     peak = dist.get_world_size() * hardware.peak_flops(device, getattr(torch, args["COMPUTE_DTYPE"]))
     log = training_log.Log(folder, state.step, state.total_steps, device, peak)
     validator = None
     if args["VALIDATE_EVERY"]:
-        held_out = dataloader.PackedLoader(data["validation"], sizes, plan.tokens, device)
+        held_out = dataloader.PackedLoader(data["validation"], sizes, plan.tokens, device, equal_counts)
         validator = validation.Validator(model, data["validation"], held_out, log, args)
     stop = distributed.Stop(folder)
     if train(model, optimizer, loader, validator, args, state, log, stop):

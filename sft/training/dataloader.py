@@ -1,8 +1,7 @@
 """From the prepared sequences to the micro-batches of one rank, in the order in which it happens.
 
 1. Order: which sequences an optimizer step trains. Seed and step alone decide it.
-2. Layout: which rank and micro-batch each of them goes to. That changes the speed and nothing else. Every rank runs
-   the same number of micro-batches, because each forward is a collective operation under FSDP.
+2. Layout: which rank and micro-batch each of them goes to. That changes the speed and nothing else.
 3. MicroBatch: sequences end to end, with the positions and targets of the loss.
 4. PackedLoader: reads and lays out one step ahead of the training.
 """
@@ -157,27 +156,49 @@ def pack(indices, lengths, budget):
     return micro_batches
 
 
-def lay_out(indices, lengths, ranks, budget, costs):
+def spread(indices, values, bins):
+    """Return `indices` in `bins` lists with sums of `values` as equal as largest-first into the emptiest makes them.
+
+    values: indexable by the indices. Longest-processing-time-first (Graham 1969); ties go to the lower number.
+    """
+    lists, loads = [[] for _ in range(bins)], [0] * bins
+    for index in sorted(indices, key=lambda i: (-values[i], i)):
+        emptiest = min(range(bins), key=lambda n: (loads[n], n))
+        lists[emptiest].append(index)
+        loads[emptiest] += values[index]
+    return lists
+
+
+def even_micro_batches(indices, lengths, budget, least):
+    """Return `indices` in as many micro-batches as `pack` needs, or `least`, of equal size as far as they fit.
+
+    The fullest is the last one: its backward is what the reduction of the gradients hides behind.
+    """
+
+    def tokens(micro_batch):
+        return sum(lengths[i] for i in micro_batch)
+
+    packed = pack(indices, lengths, budget)
+    count = max(least, len(packed))
+    even = spread(indices, lengths, count)
+    if max(map(tokens, even)) > budget:  # first-fit-decreasing found a place where the emptiest had none
+        even = packed + [[] for _ in range(count - len(packed))]
+    return sorted(even, key=tokens)
+
+
+def lay_out(indices, lengths, ranks, budget, costs, equal_counts):
     """Lay the sequences of one step out over ranks and micro-batches.
 
-    indices: the sequences of the step; lengths, costs: indexable by them, in tokens and relative time.
-    Returns: list of `ranks` lists of micro-batches, each a list of indices; all ranks have the same number. A
-    micro-batch is empty where a rank has fewer sequences than another has micro-batches.
-    Longest-processing-time-first (Graham 1969) balances the ranks to within a few percent at 32 sequences.
+    indices: the sequences of the step; lengths, costs: indexable by them, in tokens and relative time; equal_counts:
+    give all ranks the same number of micro-batches, as they need whose every forward gathers parameters.
+    Returns: list of `ranks` lists of micro-batches, each a list of indices; none has more than `budget` tokens. A rank
+    has at least one, because the first forward and the last backward of a step are collective; it is empty where a rank
+    has no sequence. With `equal_counts` others may be empty, too.
+    At 32 sequences the ranks' times differ by a few percent.
     """
-    shares = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for index in sorted(indices, key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        shares[rank].append(index)
-        load[rank] += costs[index]
-    layout = [pack(share, lengths, budget) for share in shares]
-    most = max(len(micro_batches) for micro_batches in layout)
-    for micro_batches in layout:
-        while len(micro_batches) < most:
-            fullest = max(micro_batches, key=len, default=[])
-            micro_batches.append([fullest.pop()] if len(fullest) > 1 else [])
-    return layout
+    shares = spread(indices, costs, ranks)
+    least = max(len(pack(share, lengths, budget)) for share in shares) if equal_counts else 0
+    return [even_micro_batches(share, lengths, budget, max(1, least)) for share in shares]
 
 
 def idle_share(layout, costs):
@@ -195,21 +216,21 @@ class Survey:
     largest: list  # indices of the sequences in the micro-batch with the most tokens
 
 
-def survey(lengths, ranks, budget, costs, seed, steps, sequences_per_step):
+def survey(lengths, ranks, budget, costs, equal_counts, seed, steps, sequences_per_step):
     """Lay out the first `steps` steps of a run and return their Survey."""
     count, idle = 0, 0.0
     largest, largest_tokens = [], 0
     for step in range(steps):
         indices = sequences_of_step(len(lengths), seed, step, sequences_per_step)
-        layout = lay_out(indices, lengths, ranks, budget, costs)
-        count += len(layout[0])
+        layout = lay_out(indices, lengths, ranks, budget, costs, equal_counts)
+        count += sum(len(micro_batches) for micro_batches in layout)
         idle += idle_share(layout, costs)
         for micro_batches in layout:
             for micro_batch in micro_batches:
                 tokens = sum(lengths[i] for i in micro_batch)
                 if tokens > largest_tokens:
                     largest, largest_tokens = micro_batch, tokens
-    return Survey(count / steps, float(idle / steps), largest)
+    return Survey(count / (steps * ranks), float(idle / steps), largest)
 
 
 # ==== 3. Micro-batch ====
@@ -300,14 +321,18 @@ class StepBatch:
 class PackedLoader:
     """Turns lists of sequence indices into this rank's StepBatch of each, one list ahead of the training."""
 
-    def __init__(self, dataset, sizes, budget, device):
-        """dataset: a `datasets` split; sizes: memory_plan.Shapes; budget: tokens per micro-batch."""
+    def __init__(self, dataset, sizes, budget, device, equal_counts=False):
+        """dataset: a `datasets` split; sizes: memory_plan.Shapes; budget: tokens per micro-batch.
+
+        equal_counts: see `lay_out`.
+        """
         self.dataset = dataset.select_columns(["input_ids", "assistant_masks"]).with_format("numpy")
         self.lengths = sequence_lengths(dataset)
         self.costs = cost(self.lengths, sizes.matrices, sizes.attention)
         self.head = sizes.head
         self.budget = budget
         self.device = device
+        self.equal_counts = equal_counts
 
     def steps(self, seed, sequences_per_step, first, last):
         """Yield the StepBatch of each optimizer step from `first` (from 0) to before `last`."""
@@ -336,7 +361,8 @@ class PackedLoader:
 
     def build(self, indices):
         """Return the StepBatch of a list of `indices`, on the CPU (in pinned memory if a GPU will take it)."""
-        layout = lay_out(indices, self.lengths, dist.get_world_size(), self.budget, self.costs)
+        ranks = dist.get_world_size()
+        layout = lay_out(indices, self.lengths, ranks, self.budget, self.costs, self.equal_counts)
         rows = self.rows(indices)
         micro_batches = [concatenate([rows[i] for i in part]) for part in layout[dist.get_rank()]]
         if self.device.type == "cuda":

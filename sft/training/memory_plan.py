@@ -291,5 +291,6 @@ def plan_run(args, config, sizes, lengths, topology, limit):
     plan = choose(config, sizes, topology.shards, dtype, args, int(lengths.max()), limit)
     costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
     steps = min(one_epoch, total_steps)
-    survey = dataloader.survey(lengths, topology.ranks, plan.tokens, costs, seed, steps, per_step)
+    equal = plan.communicate == "per_micro_batch"
+    survey = dataloader.survey(lengths, topology.ranks, plan.tokens, costs, equal, seed, steps, per_step)
     return plan, survey, total_steps, describe(plan, sizes, args, lengths, survey, total_steps, limit, topology)
