@@ -4,9 +4,9 @@
 
 The demo's SmolLM2-135M (made if it is missing) can't write questions as JSON. So it is trained first, by the suite's
 own scripts, on what tests/teacher_stub.py answers: the form of each stage, filled with common words. `transformers
-serve` then runs it; generate_constitutional.py goes through all stages, with the judge, safety pairs, requirements and think
-blocks, is killed in its middle and started again; prepare_data.py reads what it wrote. The ledger must be right: the
-server answered once for each answer on disk, but for those in flight at the kill. The last line is RESULT.
+serve` then runs it; generate_constitutional.py goes through all stages, with the judge, safety pairs, requirements
+and think blocks, is killed in its middle and started again; prepare_data.py reads what it wrote. The ledger must be
+right: the server answered once for each answer on disk, but for those in flight at the kill. The last line is RESULT.
 """
 
 import json
