@@ -348,6 +348,26 @@ def test_a_teacher_that_never_answers_stops_the_run_in_order(tmp_path):
     assert max(stub.paid.values()) == 1 and ledger_of(tmp_path, args)[0]["lost"] == 0
 
 
+def test_a_teacher_that_is_too_slow_stops_the_run_with_a_hint(tmp_path):
+    with Stub() as stub:
+        stub.delay = 2
+        args = settings_for(tmp_path, stub, MAX_RETRIES=0, TIMEOUT_SECONDS=0.05)
+        with pytest.raises(SystemExit, match=r"timed out.*--concurrency 1 or more --timeout-seconds"):
+            generate_constitutional.main(args)
+
+
+@pytest.mark.parametrize(("to", "limit"), [("server", "max_tokens"), ("OpenAI itself", "max_completion_tokens")])
+def test_the_most_tokens_of_an_answer_have_the_name_that_the_endpoint_knows(tmp_path, monkeypatch, to, limit):
+    with Stub() as stub:
+        args = settings_for(tmp_path, stub, PROVIDER="openai")
+        if to != "server":
+            monkeypatch.setenv("OPENAI_BASE_URL", args["BASE_URL"])  # what the client takes where none is named
+            args["BASE_URL"] = ""
+        generate_constitutional.main(args | {"EXAMPLES": 1, "HELD_OUT": 0})
+        _, _, body = stub.requests[0]
+    assert {"max_tokens", "max_completion_tokens"} & body.keys() == {limit}
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_wrong_key_or_model_ends_with_one_sentence_and_no_record(tmp_path, status):
     with Stub(lambda key, n: status) as stub, pytest.raises(SystemExit, match="refuses every request"):

@@ -7,6 +7,7 @@ Message Batches.
 
 import contextlib
 import dataclasses
+import functools
 import os
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
@@ -98,11 +99,15 @@ def anthropic_request(call):
     return {"model": call.model, "max_tokens": call.max_tokens, "system": call.system, "messages": call.messages}
 
 
-def openai_request(call):
-    """Return the parameters of a Call for chat completions."""
+def openai_request(call, limit="max_tokens"):
+    """Return the parameters of a Call for chat completions.
+
+    limit: how the endpoint calls the most tokens of an answer. OpenAI's own calls it max_completion_tokens, and its
+    reasoning models refuse the old name; most other servers know only that.
+    """
     return {
         "model": call.model,
-        "max_tokens": call.max_tokens,
+        limit: call.max_tokens,
         "temperature": call.temperature,
         "seed": call.seed,
         "messages": [{"role": "system", "content": call.system}, *call.messages],
@@ -128,7 +133,9 @@ class Live:
         if args["PROVIDER"] == "openai":
             import openai
 
-            self.sdk_error, self.request, self.read = openai.OpenAIError, openai_request, read_openai
+            limit = "max_tokens" if args["BASE_URL"] else "max_completion_tokens"
+            self.sdk_error, self.read = openai.OpenAIError, read_openai
+            self.request = functools.partial(openai_request, limit=limit)
             self.create = openai.OpenAI(
                 api_key=self.key,
                 base_url=args["BASE_URL"] or None,
