@@ -15,7 +15,8 @@ from helpers import args_of, compare_in, edit_json, share, write_pair, write_run
 from sft import settings, system
 from sft.evaluation import model_card, report_page
 
-HOSTILE = "</td><script>alert(1)</script><img src=http://x.test/a onerror=alert(2)> \x1b[2J \u202eevil\u2066 $x$ {{ 7*7 }}"
+HOSTILE = "</td><script>alert(1)</script><img src=http://x.test/a onerror=alert(2)> \x1b[2J "
+HOSTILE += "\u202eevil\u2066 $x$ {{ 7*7 }}"
 TASKS = {"arc_easy": {"acc": share(30, 90), "acc_norm": share(40, 90)}, "piqa": {"acc": share(50, 90)}}
 LATER = {"arc_easy": {"acc": share(60, 90), "acc_norm": share(45, 90)}, "piqa": {"acc": share(48, 90)}}
 
