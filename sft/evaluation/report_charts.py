@@ -102,6 +102,8 @@ def curves(lines, label, log_scale=False):
             axes.plot(steps, values, style, color=color, label=shorten(name, 30), linewidth=1.2, markersize=3)
         if log_scale:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own is a formula
+            axes.yaxis.set_minor_formatter("")
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.grid(axis="y")
         if len(lines) > 1:
