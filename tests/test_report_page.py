@@ -106,7 +106,8 @@ def test_the_page_tells_the_run_from_its_data_to_what_it_changed(make):
     for words in (
         "genesis: what fine-tuning changed", "1,000,000,000 parameters", "step_000400", "8.0M", "4 h 26 min",
         "2.600 → 1.600",
-        "times continued from a checkpoint: 1, steps skipped: 1", "ARC-Easy", "piqa", "better", "hub/one at 0123", "MIT",
+        "times continued from a checkpoint: 1, steps skipped: 1", "ARC-Easy", "piqa", "better",
+        "hub/one at 0123", "MIT",
         "empty answer", "LEARNING_RATE", "0.0003", "2e-05", "d1", "torch", "12 of 30 held-out questions",
         "cut off: it did not end by itself",
     ):  # fmt: skip
