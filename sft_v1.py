@@ -133,7 +133,7 @@ class State:
     step: int = 0  # optimizer steps done
     updates: int = 0  # of them, those that were not skipped
     validation_loss: float | None = None  # at this step; None where it was not validated
-    history: list = field(default_factory=list)  # {"after_step", "changed"} of each time that settings changed
+    history: list = field(default_factory=list)  # {"after_step", "changed" settings} of each time the run continued
 
 
 # ==== Model and optimizer ====
@@ -323,8 +323,7 @@ def resume(checkpoint, model, optimizer, state):
     then = Schedule.of(stored["settings"], stored["total_steps"])
     changed += change_of_rate(then, Schedule.of(state.settings, state.total_steps), stored["step"])
     state.step, state.updates, state.history = stored["step"], stored["updates"], stored["history"]
-    if changed:
-        state.history.append({"after_step": state.step, "changed": changed})
+    state.history.append({"after_step": state.step, "changed": changed})
     return changed
 
 

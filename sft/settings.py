@@ -14,6 +14,7 @@ An unknown or abbreviated flag, or a value of the wrong type, ends the program w
 
 import argparse
 import ast
+import contextlib
 import io
 import math
 import re
@@ -52,6 +53,19 @@ def constants(path):
                 group = title[1]
         next_line = node.end_lineno
         yield group, name, trailing_comment(node, lines)
+
+
+def defaults(path):
+    """Return {name: value} of the settings at the top of the Python file `path`, without running it.
+
+    A value that is not written out, such as a sum, is left out.
+    """
+    values = {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8").partition("\n# ====")[0]).body:
+        if name := setting_name(node):
+            with contextlib.suppress(ValueError):
+                values[name] = ast.literal_eval(node.value)
+    return values
 
 
 def flag_name(name):

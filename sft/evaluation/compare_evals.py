@@ -26,6 +26,7 @@ import contextlib
 import io
 import json
 import math
+import statistics
 from hashlib import sha256
 from pathlib import Path
 
@@ -78,6 +79,11 @@ ASSISTANT = {
     "notes": [str],
     "weights_sha256": {"before": {"*": str}, "after": {"*": str}},
 }
+SEEDS_NOTE = (
+    "The same recipe with other seeds: each run's difference to before. The spread is the standard deviation over the "
+    "runs. The verdict uses the paired error of a single run, which is the chance in the questions and not that of the "
+    "seed: a difference within two spreads of zero may be the seed's."
+)
 CHAT_TITLE = "lm_eval through the chat template"
 
 # ==== Statistics ====
@@ -427,12 +433,15 @@ def number(value, log_scale=False, signed=False):
     return f"{value:+.4f}" if signed else f"{value:.4f}"
 
 
+def change(row):
+    """Return the row's difference; without pairs it is that of the two values."""
+    return row["paired"]["difference"] if row["paired"] else row["after"]["value"] - row["before"]["value"]
+
+
 def difference(row):
-    """Return the row's difference as the tables show it; without pairs it is that of the two values."""
-    if not row["paired"]:
-        return number(row["after"]["value"] - row["before"]["value"], signed=True)
-    change = number(row["paired"]["difference"], signed=True)
-    return f"ln {change}" if row["log_scale"] else change
+    """Return the row's difference as the tables show it."""
+    shown = number(change(row), signed=True)
+    return f"ln {shown}" if row["log_scale"] and row["paired"] else shown
 
 
 def above_chance(row):
@@ -450,18 +459,21 @@ def above_chance(row):
 
 
 def aligned(lines):
-    """Return lists of cells, the first of them the head, as the lines of an aligned Markdown table."""
+    """Return lists of cells (text of others), the first of them the head, as the lines of an aligned Markdown table."""
+    lines = [list(map(text.table_cell, line)) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
 
 
 def table(rows, limit):
-    """Return the rows as an aligned Markdown table; `limit`: questions per task of a quick look, or None."""
-    head = [f"Task (LIMIT={limit})" if limit else "Task", *COLUMNS[1:]]
-    lines = [head]
+    """Return the rows' table as lists of cells (text), the first of them its head.
+
+    limit: questions per task of a quick look, or None.
+    """
+    lines = [[f"Task (LIMIT={limit})" if limit else "Task", *COLUMNS[1:]]]
     for row in rows:
-        cells = [text.table_cell(row["label"]), text.table_cell(row["metric"]), f"{row['questions']:,}"]
+        cells = [row["label"], row["metric"], f"{row['questions']:,}"]
         cells.append("-" if row["chance"] is None else f"{row['chance']:.2f}")
         for side in ("before", "after"):
             value, stderr = row[side]["value"], row[side]["stderr"]
@@ -478,24 +490,27 @@ def table(rows, limit):
         else:
             cells += [difference(row), "-", "-"]
         lines.append([*cells, row["verdict"], above_chance(row)])
-    return aligned(lines)
+    return lines
 
 
 def seeds_table(names, seeds):
-    """Return the differences of several runs of one recipe side by side.
+    """Return the differences of several runs of one recipe side by side, as `table` does.
 
-    names: of the runs; seeds: for each run its list of parts.
+    names: of the runs; seeds: for each run its list of parts. The spread is the standard deviation of the differences
+    over the runs; beside it stands the paired error of the first run, which alone decides its verdict.
     """
     by_row = []
     for parts in seeds:
         by_row.append({(part["title"], row["label"], row["metric"]): row for part in parts for row in part["rows"]})
-    lines = [["Task", "Metric", *map(text.table_cell, names), "Verdicts"]]
+    lines = [["Task", "Metric", *names, "Spread over seeds", "Paired SE", "Verdicts"]]
     for key in by_row[0]:
         rows = [table[key] for table in by_row if key in table]
         if len(rows) == len(seeds):
             verdicts = dict.fromkeys(row["verdict"] for row in rows)
-            lines.append([*map(text.table_cell, key[1:]), *map(difference, rows), ", ".join(verdicts)])
-    return aligned(lines)
+            spread = number(statistics.stdev(change(row) for row in rows))
+            error = number(rows[0]["paired"]["stderr"]) if rows[0]["paired"] else "-"
+            lines.append([*key[1:], *map(difference, rows), spread, error, ", ".join(verdicts)])
+    return lines
 
 
 # ==== The report ====
@@ -513,12 +528,12 @@ def markdown(parts, names, others):
             page += [part["how"], ""]
         if part["limit"]:
             page += [f"**A quick look (LIMIT={part['limit']}): only a part of each task was measured.**", ""]
-        page += [*table(part["rows"], part["limit"]), ""]
+        page += [*aligned(table(part["rows"], part["limit"])), ""]
         for note in part["notes"]:
             page.append(f"Note: {text.one_line(note).replace('<', '&lt;')}\n")
     if others:
-        page += ["## Other seeds", "", "The same recipe with other seeds: each run's difference to before.", ""]
-        page += [*seeds_table(names, [parts, *others]), ""]
+        page += ["## Other seeds", ""]
+        page += [*aligned(seeds_table(names, [parts, *others])), "", SEEDS_NOTE, ""]
     page.append(
         "Before, After: score ± its own standard error (SE); above chance: by more than two of those. Difference: "
         "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. 95% "
@@ -606,6 +621,7 @@ def main(args):
         "settings": args,
         "parts": parts,
         "other_seeds": dict(zip(folders[1:], others, strict=True)),
+        "seeds_table": seeds_table(names, [parts, *others]) if others else [],
         "files_sha256": {name: sha256(content).hexdigest() for name, content in files.items()},  # for the model card
     }
     files["comparison.json"] = (json.dumps(comparison, indent=2) + "\n").encode()

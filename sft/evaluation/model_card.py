@@ -32,6 +32,8 @@ RECIPE = (
     "COMPUTE_DTYPE",
     "SEED",
 )
+CURVES = ("loss", "lr", "grad_norm", "tokens_per_second")  # of each step, kept for report.html
+CURVE_POINTS = 300
 CHAT = """## Chat
 
 ChatML; the template is in the tokenizer, and generation stops at `<|im_end|>`.
@@ -56,6 +58,7 @@ def describe(source, state, weights, parameters, dtype_name):
     safetensors in `resized`; parameters: their number in the export; dtype_name: of the exported weights.
     """
     checkpoint = source.checkpoints[0]
+    lines = read_metrics(checkpoint.parent, state["step"])
     return {
         "checkpoint": checkpoint.name,
         "averaged": [path.name for path in source.checkpoints],
@@ -63,7 +66,9 @@ def describe(source, state, weights, parameters, dtype_name):
         "parameters": parameters,
         "dtype": dtype_name,
         "state": state,
-        "losses": read_losses(checkpoint.parent, state["step"]),
+        "losses": read_losses(lines),
+        "curves": read_curves(lines),
+        "run": read_run(lines, state),
         "data": read_data(state),
         "weights_sha256": read_base(Path(source.resized), weights),
     }
@@ -88,33 +93,63 @@ def is_own_file(path):
     return path.is_file() and not path.is_symlink()
 
 
-def read_losses(checkpoint_dir, step):
-    """Return a dict of the losses up to `step` in metrics.jsonl: `last_training`, `first_` and `last_validation`.
-
-    A loss that the file doesn't have is None.
-    """
-    losses = {"last_training": None, "first_validation": None, "last_validation": None}
-    path = checkpoint_dir / "metrics.jsonl"
+def read_metrics(checkpoint_dir, step):
+    """Return the lines (dicts) up to `step` of metrics.jsonl in a run's folder, without torn or zeroed ones."""
+    path, lines = checkpoint_dir / "metrics.jsonl", []
     if not path.is_file():
-        return losses
+        return lines
     for entry in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             line = json.loads(entry) if entry.endswith("\n") else None  # None: a kill cut the last line off
         except ValueError:  # zeros, where the power failed before the file was on the disk
             continue
-        if line is None or line["step"] > step:
-            continue
-        if line.get("loss") is not None:
-            losses["last_training"] = line["loss"]
-        if line.get("validation_loss") is not None:
-            losses["last_validation"] = line["validation_loss"]
-            if losses["first_validation"] is None:
-                losses["first_validation"] = line["validation_loss"]
-    return losses
+        if line is not None and line["step"] <= step:
+            lines.append(line)
+    return lines
+
+
+def read_losses(lines):
+    """Return a dict of the losses in `lines` of metrics.jsonl: `last_training`, `first_` and `last_validation`.
+
+    A loss that they don't have is None.
+    """
+    training = [line["loss"] for line in lines if line.get("loss") is not None]
+    validation = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    return {
+        "last_training": training[-1] if training else None,
+        "first_validation": validation[0] if validation else None,
+        "last_validation": validation[-1] if validation else None,
+    }
+
+
+def read_curves(lines):
+    """Return {name: [[step, value], ...]} of what `lines` of metrics.jsonl have to draw, at most CURVE_POINTS each.
+
+    A point stands for several steps and is their mean.
+    """
+    curves = {}
+    for line in lines:
+        for name, value in line.items():
+            if (name in CURVES or name.startswith("validation_loss")) and value is not None:
+                curves.setdefault(name, []).append((line["step"], value))
+    for name, points in curves.items():
+        size = -(-len(points) // CURVE_POINTS)
+        groups = [points[start : start + size] for start in range(0, len(points), size)]
+        curves[name] = [[group[-1][0], sum(value for _, value in group) / len(group)] for group in groups]
+    return curves
+
+
+def read_run(lines, state):
+    """Return what a run took: `tokens`, `seconds` of its steps, and how often it was `continued` from a checkpoint."""
+    return {
+        "tokens": sum(line.get("tokens", 0) for line in lines),
+        "seconds": round(sum(line.get("step_seconds", 0) for line in lines), 1),
+        "continued": len(state["history"]),
+    }
 
 
 def read_data(state):
-    """Return what the card says about the data: dict of `table` (Markdown) and `sources` (list of dicts).
+    """Return what is said about the data, a dict: `table` (Markdown), `sources` (dicts), `report` (its numbers).
 
     It is None if DATA_DIR no longer holds what the run was trained on, or a report is a link to a file elsewhere.
     """
@@ -124,7 +159,11 @@ def read_data(state):
     report = system.read_json(path, "prepare_data.py")
     if state["fingerprints"]["data"] != json.dumps(report.get("digest"), sort_keys=True):
         return None
-    return {"table": path.with_suffix(".md").read_text(encoding="utf-8"), "sources": read_sources(report)}
+    return {
+        "table": path.with_suffix(".md").read_text(encoding="utf-8"),
+        "sources": read_sources(report),
+        "report": {name: report[name] for name in ("sources", "totals", "max_seq_len", "digest")},
+    }
 
 
 def read_sources(report):

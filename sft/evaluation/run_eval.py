@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from sft import settings, system
-from sft.evaluation import compare_evals, model_card
+from sft.evaluation import compare_evals, model_card, report_page
 
 # ==== Constants ====
 
@@ -363,6 +363,7 @@ def compare(args, seeds):
         "EVAL_RESULTS": args["EVAL_RESULTS"],
     }
     compare_evals.main(comparison)
+    report_page.main({"EVAL_RESULTS": args["EVAL_RESULTS"], "EXPORT_DIR": args["EXPORT_DIR"]})
     export_dir = Path(args["EXPORT_DIR"])
     if (export_dir / model_card.TRAINING).is_file():
         missing = model_card.write(export_dir, args["EVAL_RESULTS"])
