@@ -384,7 +384,8 @@ def rehearse(model, optimizer, micro_batch, communicate):
             forward_backward(model, batch, 1.0, last or communicate == "per_micro_batch")
         model.eval()
         with torch.no_grad():
-            model(few), model(empty)
+            for batch in (few, empty):
+                model(batch)
         validation.reshard(model)
         model.train()
     except torch.OutOfMemoryError as error:
