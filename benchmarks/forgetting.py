@@ -32,7 +32,7 @@ from sft import hf_folder, settings
 from sft.evaluation import assistant_check
 
 # ---- Training ----
-STEPS = 100  # optimizer steps of each run
+STEPS = 60  # optimizer steps of each run
 SEQUENCES_PER_STEP = 4  # sequences
 MAX_SEQ_LEN = 256  # tokens
 LEARNING_RATE = 1e-3  # peak; 50 times the recipe's
