@@ -26,6 +26,7 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from sft import hf_folder, settings
@@ -156,6 +157,7 @@ def table(measured):
 
 def main(args):
     """Fine-tune, export, measure; print the table and the RESULT line."""
+    transformers.utils.logging.disable_progress_bar()
     common.machine()
     common.base_folder()
     shutil.rmtree(WORK, ignore_errors=True)
