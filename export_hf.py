@@ -32,7 +32,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sft import hf_folder, ollama, settings, system, text
-from sft.data import chatml
+from sft.data import chatml, sentencepiece_tokenizer
 from sft.evaluation import model_card, reading_check
 from sft.training import checkpoints
 
@@ -67,6 +67,7 @@ STATE = {  # what an export needs of a checkpoint's state.json, and of the dicts
 }
 DTYPES = ("bfloat16", "float32")
 WITH_ITS_VERSION = "Export with that version, or choose another one with --checkpoint."
+SENTENCEPIECE = "tokenizer.model"
 CONFIG_FILES = ("config.json", "generation_config.json")
 SHOWN_LENGTH = 60  # characters of a value in these files, in a message
 EXPORT_AGAIN = "Run export_hf.py again."
@@ -301,6 +302,25 @@ def older_names(config):
     return names
 
 
+def write_sentencepiece(output):
+    """Write the tokenizer.model that llama.cpp's converter needs of a tokenizer from SentencePiece, if it can exist.
+
+    Returns: what that converter reads besides it in tokenizer_config.json (dict): the added tokens, and whether text
+    after a control token gets a space in front.
+    """
+    tokenizer = hf_folder.load_tokenizer(output)
+    content = sentencepiece_tokenizer.restore(tokenizer)
+    if content is None:
+        return {}
+    (output / SENTENCEPIECE).write_bytes(content)
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    after_control = tokenizer.encode(f"{chatml.STOP}a", add_special_tokens=False).tokens[1]
+    return {
+        "added_tokens_decoder": {str(token.pop("id")): token for token in added},
+        "add_prefix_space": after_control.startswith(sentencepiece_tokenizer.SPACE),
+    }
+
+
 def write_configs(resized, output, dtype_name):
     """Copy configuration and tokenizer, and add what older readers look for: names, the template, a class they know.
 
@@ -317,6 +337,7 @@ def write_configs(resized, output, dtype_name):
     tokenizer = system.read_json(output / "tokenizer_config.json", "resize_vocab.py")
     tokenizer["chat_template"] = (output / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 refuses "TokenizersBackend"
+    tokenizer |= write_sentencepiece(output)
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         (output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (output / ollama.MODELFILE).write_text(ollama.modelfile(output), encoding="utf-8")
@@ -333,6 +354,8 @@ def described(folder):
     """
     parts = hf_folder.tokenizer_digests(folder)
     del parts["tokenizer_config.json"]
+    path = Path(folder) / SENTENCEPIECE
+    parts[SENTENCEPIECE] = system.sha256(path) if path.is_file() else None
     for name in (*CONFIG_FILES, "tokenizer_config.json"):
         for key, value in system.read_json(Path(folder) / name, "export_hf.py").items():
             content = json.dumps(value, sort_keys=True)
@@ -568,6 +591,9 @@ def main(args):
         print("verified: every tensor equals this mean, computed again in float64, and the logits of three prompts its")
     else:
         print("verified: every tensor and the logits of three prompts equal the checkpoint's")
+    if sentencepiece_tokenizer.SPACE in tokenizer.get_vocab() and not (output / SENTENCEPIECE).is_file():
+        print("WARNING: llama.cpp and Ollama would encode text differently: they know neither this tokenizer's")
+        print("normaliser nor a unigram model. transformers, vLLM and chat.py are right. docs/using-the-model.md")
     sample_answers(model, tokenizer, output, args["MAX_NEW_TOKENS"])
 
 

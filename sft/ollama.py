@@ -1,8 +1,8 @@
 """The Modelfile of an export: with it, Ollama serves the model with our template, stop and context.
 
 Its FROM names the GGUF file that llama.cpp's converter writes next to it. Ollama could read the safetensors itself
-(`FROM .`), but its importer takes any tokenizer.json for a byte-level one, knows four ways of splitting text, and adds
-a BOS only for the key `add_bos_token`: it would read a SentencePiece tokenizer wrong, without a message.
+(`FROM .`), but its importer knows four ways of splitting text, takes any other for the plain one, without a message,
+and adds a BOS only for the key `add_bos_token`.
 """
 
 from sft import hf_folder

@@ -153,6 +153,8 @@ def test_it_loads_with_stops_padding_and_template_in_every_place_readers_look(wo
     generation = transformers.GenerationConfig.from_pretrained(export)
     assert generation.eos_token_id == [49_153, 2] and ours.eos_token == "<|im_end|>"
     assert generation.pad_token_id == ours.pad_token_id and ours.pad_token_id not in generation.eos_token_id
+    from_sentencepiece = json.loads((export / "tokenizer.json").read_text())["pre_tokenizer"]["type"] == "Metaspace"
+    assert (export / "tokenizer.model").is_file() is from_sentencepiece
     config = transformers.AutoConfig.from_pretrained(export)
     assert config.vocab_size == len(ours) == 49_156 and config.dtype == torch.bfloat16
     card = (export / "README.md").read_text()

@@ -1,10 +1,13 @@
-"""Turn a SentencePiece `tokenizer.model` into the same tokenizer for the `tokenizers` library.
+"""Turn a SentencePiece `tokenizer.model` into the same tokenizer for the `tokenizers` library, and back.
 
-It checks on several texts that both give the same ids.
+Both ways it checks on several texts that both give the same ids.
 
 transformers has a converter for each model family it knows; they rename the first three pieces or leave out the
-normaliser, so a model of your own would not survive. Used by import_base.py.
+normaliser, so a model of your own would not survive. Used by import_base.py, and, back, by export_hf.py.
 """
+
+import json
+import re
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -12,9 +15,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 # ==== Constants ====
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of pieces in the file
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # kinds of pieces in the file
 UNIGRAM, BPE = 1, 2  # kinds of models
 SPACE = "▁"
+PREFIX = {  # how transformers once wrote SentencePiece's space in front: a normaliser instead of the Metaspace rule
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
 PROBES = (
     "a  b\tc",
     "def f(x):\n    return x  # 1234567.89\n\n\n",
@@ -115,3 +125,50 @@ def set_text_rules(tokenizer, proto):
     if prefix:
         parts.append(decoders.Strip(" ", 1, 0))
     tokenizer.decoder = decoders.Sequence(parts)
+
+
+# ==== Back ====
+
+
+def space_in_front(state):
+    """Return whether a tokenizer puts a space in front of a text, None if it does something else. state: its JSON."""
+    normalizer, rule = state["normalizer"], state["pre_tokenizer"]
+    if rule is None and normalizer == PREFIX:
+        return True
+    if normalizer or rule is None or rule["type"] != "Metaspace":
+        return None
+    return rule["prepend_scheme"] != "never"
+
+
+def restore(tokenizer):
+    """Return the bytes of a tokenizer.model with the ids of a `Tokenizer`, or None if there is none.
+
+    llama.cpp and Ollama need it: only there, in the scores, do they read the order of the merges of a BPE from
+    SentencePiece. They know no normaliser and, for these models, no unigram: a tokenizer that has one has no such file.
+    """
+    state = json.loads(tokenizer.to_str())
+    model, prefix = state["model"], space_in_front(state)
+    if model["type"] != "BPE" or prefix is None or not model["unk_token"]:
+        return None
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.trainer_spec.model_type, proto.trainer_spec.byte_fallback = BPE, model["byte_fallback"]
+    proto.trainer_spec.vocab_size = tokenizer.get_vocab_size()
+    proto.normalizer_spec.name, proto.normalizer_spec.remove_extra_whitespaces = "identity", False
+    proto.normalizer_spec.add_dummy_prefix = prefix
+    ranks = {}
+    for rank, pair in enumerate(model["merges"]):
+        ranks.setdefault("".join(pair), rank)
+    kinds = {token["content"]: CONTROL if token["special"] else USER_DEFINED for token in state["added_tokens"]}
+    kinds[model["unk_token"]] = UNKNOWN
+    for piece, token_id in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
+        is_byte = model["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", piece)
+        kind = kinds.get(piece, BYTE if is_byte else NORMAL)
+        score = -ranks.get(piece, len(ranks) + token_id) if kind == NORMAL else 0
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    content = proto.SerializeToString()
+    try:
+        restored = sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:  # it is no SentencePiece vocabulary
+        return None
+    same = all(tokenizer.encode(probe, add_special_tokens=False).ids == restored.encode(probe) for probe in PROBES)
+    return content if same else None
