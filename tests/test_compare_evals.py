@@ -417,7 +417,8 @@ def test_other_seeds_in_folders_of_the_same_name_are_all_kept(tmp_path, compare)
     page = compare(OTHER_SEEDS=seeds)
     comparison = json.loads((tmp_path / "eval-results/comparison.json").read_text())
     assert tuple(comparison["other_seeds"]) == seeds
-    assert ["Task", "Metric", "eval-results/after", *seeds, "Verdicts"] in cells(page)
+    spread = ["Spread over seeds", "Paired SE", "Verdicts"]
+    assert ["Task", "Metric", "eval-results/after", *seeds, *spread] in cells(page)
 
 
 def test_chance_counts_each_choice_once_where_it_is_asked_twice(tmp_path, compare):

@@ -36,6 +36,7 @@ def state_of(step, **settings):
     return {
         "step": step,
         "updates": step - 1,
+        "history": [],
         "world_size": 2,
         "versions": {"torch": "2.13.0"},
         "fingerprints": {"data": json.dumps(DIGEST, sort_keys=True)},
@@ -64,7 +65,7 @@ def checkpoint(tmp_path, monkeypatch):
         {"name": "other"},
         {"name": "answers"},
     ]
-    report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST}
+    report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST, "totals": {}, "max_seq_len": 8}
     (data / "report.json").write_text(json.dumps(report))
     (data / "report.md").write_text("| source | train |\n|---|---|\n| answers | 12 |\n")
     return checkpoint
