@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 from common import GENESIS, genesis_lengths
-from helpers import ROOT, default_settings, sequences, tiny_config, write_base
+from helpers import ROOT, default_settings, tiny_config, write_base
 
 import sft_v1
 from sft.data import writer
-from sft.training import dataloader, memory_plan
+from sft.training import dataloader, distributed, hardware, memory_plan
 from sft.training import model as sft_model
 
 AUTO = {"COMMUNICATE": "auto", "ACTIVATION_CHECKPOINTING": "auto", "TOKENS_PER_MICRO_BATCH": 0}
@@ -53,7 +53,7 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(
     config = tiny_config(num_hidden_layers=6, hidden_size=128, intermediate_size=384, num_key_value_heads=4)
     base = write_base(tmp_path / "base", config)
     args = {"COMMUNICATE": communicate, "ACTIVATION_CHECKPOINTING": checkpointing, "TOKENS_PER_MICRO_BATCH": 512}
-    plan = memory_plan.choose(config, memory_plan.shapes(config), 1, torch.bfloat16, args, 128, 2**40)
+    plan = memory_plan.choose(config, memory_plan.shapes(config), 1, torch.bfloat16, args, 128, 2**40, "cpu")
     rng = np.random.default_rng(0)
     batches = [
         dataloader.concatenate([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(2)
@@ -74,7 +74,7 @@ def test_less_memory_gives_up_recomputation_first_and_then_communicates_more_oft
     sizes = memory_plan.shapes(config)
 
     def choose(gib, args=AUTO):
-        return memory_plan.choose(config, sizes, 2, torch.bfloat16, args, 2048, gib * memory_plan.GIB)
+        return memory_plan.choose(config, sizes, 2, torch.bfloat16, args, 2048, gib * memory_plan.GIB, "cuda")
 
     chosen = [choose(gib) for gib in (80, 22, 14, 11, 4)]
     assert [(p.communicate, p.checkpointing, p.tokens) for p in chosen] == [
@@ -145,15 +145,29 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
         sft_v1.main(args)
 
 
-def test_a_micro_batch_that_does_not_fit_names_the_settings_to_change():
-    class Full(torch.nn.Module):
-        def set_requires_gradient_sync(self, wanted): ...
+def test_a_run_is_planned_for_the_card_with_the_least_memory(alone, monkeypatch):
+    config = transformers.LlamaConfig(**GENESIS)
+    lengths, sizes = genesis_lengths(3200), memory_plan.shapes(config)
+    args = default_settings() | {"RESERVED_GIB": 2.0, "MAX_STEPS": 300}
+    monkeypatch.setattr(hardware, "memory", lambda device: 80 * memory_plan.GIB)
 
-        def set_reshard_after_backward(self, wanted): ...
+    def planned(poorest):
+        everyone = lambda value: [value, poorest * memory_plan.GIB] if isinstance(value, int) else [value]  # noqa: E731
+        monkeypatch.setattr(distributed, "on_every_rank", everyone)
+        plan, *_, lines = sft_v1.plan_run(args, config, sizes, lengths, torch.device("cuda"), alone)
+        return plan, lines
 
-        def forward(self, batch):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    rich, _ = planned(80)
+    poor, lines = planned(22)
+    assert rich.tokens == memory_plan.BUDGETS[0] and poor.tokens < rich.tokens
+    assert poor.total <= 20 * memory_plan.GIB and " of 20.0 GiB per rank: " in lines
 
-    batch = dataloader.concatenate(list(zip(*sequences(4, 515), strict=True)))
-    with pytest.raises(SystemExit, match=r"largest micro-batch \(\d+ tokens\) does not fit .* Raise RESERVED_GIB"):
-        sft_v1.rehearse(Full(), None, batch, "per_step")
+
+def test_gaps_between_tensors_are_planned_on_a_gpu_and_part_of_the_total():
+    sizes = memory_plan.shapes(transformers.LlamaConfig(**GENESIS))
+    on_gpu, on_cpu = (
+        memory_plan.estimate(sizes, 2, torch.bfloat16, "per_step", False, 4096, 2**33, device)
+        for device in ("cuda", "cpu")
+    )
+    assert on_cpu.gaps == 0 and on_gpu.total == on_cpu.total + on_gpu.gaps
+    assert on_gpu.gaps == int(memory_plan.GAPS * on_cpu.total)
