@@ -32,9 +32,9 @@ def test_the_shapes_of_genesis():
 def test_two_depths_give_the_bytes_of_any_depth(kind, checkpointing, monkeypatch):
     monkeypatch.setattr(sft_model, "LOSS_CHUNK_TOKENS", 16)
     config = tiny_config(kind, num_hidden_layers=9)
-    expected = memory_plan.activation_bytes(config, torch.bfloat16, [50, 100], checkpointing)
+    expected = memory_plan.activation_bytes(config, torch.bfloat16, [50, 100], checkpointing, "cuda")
     model = sft_model.SFTModel(memory_plan.on_meta(config, torch.bfloat16)).train()
-    sft_model.prepare_blocks(model, checkpointing, False)
+    sft_model.prepare_blocks(model, checkpointing, False, "cuda")
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = dataloader.concatenate([(np.zeros(n, np.int64), np.ones(n, bool)) for n in (50, 100)])
@@ -60,7 +60,7 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(
     ]
     with memory_plan.LiveBytes([]) as live:
         model = sft_model.load_model(base)
-        sft_model.prepare_blocks(model, plan.checkpointing, False)
+        sft_model.prepare_blocks(model, plan.checkpointing, False, "cpu")
         sft_v1.shard(model, alone, torch.bfloat16, communicate)
         optimizer = sft_v1.make_optimizer(model, (0.9, 0.95), 0.01)
         sft_v1.train_step(model, optimizer, batches, 500, communicate, 1.0)  # the first step sets FSDP up

@@ -3,7 +3,13 @@
 Used by sft_v1.py, and by memory_plan.py on the meta device.
 """
 
+import importlib.util
+import inspect
+import os
+import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +20,17 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AttentionInterface
 
 from sft import hf_folder
-from sft.training import cpu, dataloader
+from sft.training import cpu, dataloader, fused
 
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
 
 # ==== Attention ====
 
+# torch 2.13's kernel lets several query heads share a key head; 2.11's asks for equal numbers of both.
+SHARED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
+
+@torch.compiler.disable
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Causal attention inside each document; the function that the HF model calls.
 
@@ -37,18 +47,20 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         )
     if query.device.type == "cpu":
         return cpu_attention(query, key, value, lengths, scaling), None
-    # torch's variable-length flash attention; torch 2.11 asks for equal numbers of query and key heads.
-    groups = query.shape[1] // key.shape[1]
-    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    if not SHARED_HEADS:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    query, key, value = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
+    options = {"scale": scaling, "window_size": (-1, 0)} | SHARED_HEADS
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
     return output.unsqueeze(0), None
 
 
 def cpu_attention(query, key, value, lengths, scaling):
     """Return packed_attention's output [1, tokens, heads, head_dim] on a CPU, one document after another."""
-    grouped = query[0].unflatten(0, (key.shape[1], -1))
-    queries, keys, values = (part.split(lengths, dim=-2) for part in (grouped, key[0], value[0]))
+    query, key, value = (part.squeeze(0) for part in (query, key, value))
+    grouped = query.unflatten(0, (len(key), -1))
+    queries, keys, values = (part.split(lengths, dim=-2) for part in (grouped, key, value))
     scaling = scaling or query.shape[-1] ** -0.5
     outputs = [cpu.CausalAttention.apply(q, k, v, scaling) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
@@ -161,14 +173,48 @@ def check_loss(model, folder):
         )
 
 
-def prepare_blocks(model, activation_checkpointing, compile_blocks):
-    """Compile and/or checkpoint each block of an SFTModel in place.
+def lacking_for_compile(device_type):
+    """Return what torch.compile needs for "cuda" or "cpu" and this machine lacks, as a phrase; "" if nothing.
+
+    Triton starts each GPU kernel from C, and the CPU's kernels are C++; both are built against Python's headers.
+    """
+    names, variable, language = ("gcc", "clang"), "CC", "C"
+    if device_type == "cpu":
+        names, variable, language = ("g++",), "CXX", "C++"
+    if variable in os.environ:
+        names = (os.environ[variable],)
+    if not any(shutil.which(name) for name in names):
+        return f"{language} compiler ({' or '.join(names)})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return f"Python.h in {sysconfig.get_path('include')} (package python3-dev)"
+    if device_type == "cuda" and not importlib.util.find_spec("triton"):
+        return "Python package triton"
+    return ""
+
+
+def choose_compile(setting, device_type):
+    """Return (whether to compile the blocks, why) for COMPILE = `setting` on "cuda" or "cpu".
+
+    Raises: SystemExit if it is "on" and this machine has no compiler.
+    """
+    lacking = lacking_for_compile(device_type)
+    if setting == "on" and lacking:
+        raise SystemExit(f"COMPILE is on, but this machine has no {lacking}. Install it, or take --compile off.")
+    if setting == "off" or (setting == "auto" and device_type == "cpu"):
+        return False, "off" if setting == "off" else "off, as it gains little on a CPU"
+    if lacking:
+        return False, f"off: no {lacking}. Install it for a faster run"
+    return True, "on; before the first step it takes some minutes"
+
+
+def prepare_blocks(model, activation_checkpointing, compile_blocks, device_type):
+    """Compile and/or checkpoint each block of an SFTModel in place; for "cuda" first fuse its norms and MLPs.
 
     torch.compile gets the pieces before and after the attention call, for any number of tokens: one compilation serves
     all blocks and steps. The forward is replaced, not the block, so that the names of parameters stay.
     """
-    if compile_blocks:
-        AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+    if device_type == "cuda":
+        fused.fuse(model)
     for layer in model.causal_lm.base_model.layers:
         if compile_blocks:
             layer.forward = torch.compile(layer.forward, dynamic=True)
