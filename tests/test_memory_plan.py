@@ -79,7 +79,7 @@ def test_less_memory_gives_up_recomputation_first_and_then_communicates_more_oft
     chosen = [choose(gib) for gib in (80, 22, 14, 11, 4)]
     assert [(p.communicate, p.checkpointing, p.tokens) for p in chosen] == [
         ("per_step", False, 8192),
-        ("per_step", False, 4096),
+        ("per_step", False, 6144),
         ("per_step", True, 8192),
         ("per_micro_batch", True, 8192),
         ("per_micro_batch", True, 2048),  # the smallest one, which does not fit
@@ -134,7 +134,7 @@ def test_plan_only_needs_shapes_and_lengths_and_genesis_fits_two_cards(tmp_path)
     assert lines["run"].endswith("; 17 of 510,577 sequences are left over at the end of each epoch")
     assert lines["schedule"] == "learning rate up to 2e-05 in 200 steps of warm-up, down to 2e-06 at the last step"
     total, limit = lines["memory"].split(" GiB per rank")[0].split(" of ")
-    assert float(total) <= float(limit) == 21.5
+    assert float(total) <= float(limit) == 20.3
     assert "1,000,447,488 parameters" in lines["model"] and "510,577 sequences" in lines["data"]
     assert lines["traffic"].startswith("per_step: 3.0 GB sent per rank and step") and "WARNING" not in lines
     assert "WARNING: the data was prepared with --limit 1000." in result.stdout
@@ -152,14 +152,16 @@ def test_a_run_is_planned_for_the_card_with_the_least_memory(alone, monkeypatch)
     monkeypatch.setattr(hardware, "memory", lambda device: 80 * memory_plan.GIB)
 
     def planned(poorest):
-        everyone = lambda value: [value, poorest * memory_plan.GIB] if isinstance(value, int) else [value]  # noqa: E731
-        monkeypatch.setattr(distributed, "on_every_rank", everyone)
+        def on_every_rank(value):
+            return [value, poorest * memory_plan.GIB] if isinstance(value, int) else [value]
+
+        monkeypatch.setattr(distributed, "on_every_rank", on_every_rank)
         plan, *_, lines = sft_v1.plan_run(args, config, sizes, lengths, torch.device("cuda"), alone)
         return plan, lines
 
     rich, _ = planned(80)
     poor, lines = planned(22)
-    assert rich.tokens == memory_plan.BUDGETS[0] and poor.tokens < rich.tokens
+    assert poor.checkpointing and not rich.checkpointing
     assert poor.total <= 20 * memory_plan.GIB and " of 20.0 GiB per rank: " in lines
 
 
