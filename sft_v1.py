@@ -32,6 +32,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -66,7 +67,7 @@ SEED = 42  # order of the sequences
 TOKENS_PER_MICRO_BATCH = 0  # tokens per forward on one rank; 0 = auto: memory_plan.py takes the fastest that fits
 ACTIVATION_CHECKPOINTING = "auto"  # recompute blocks in the backward, a third more work: "on" | "off" | "auto"
 COMMUNICATE = "auto"  # gather and reduce "per_step" | "per_micro_batch": slower, 3 GiB less at 1B | "auto"
-COMPILE = "off"  # torch.compile on the blocks, fused kernels, same results: "on" | "off"; try it with benchmarks/gpu.py
+COMPILE = "auto"  # torch.compile on the blocks, minutes at start: "on" | "off" | "auto": on a GPU with a C compiler
 COMPUTE_DTYPE = "bfloat16"  # of forward and backward; "float32" is for the tests, on a CPU. Masters are always float32
 RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
@@ -90,7 +91,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after whic
 CHOICES = {
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
     "COMMUNICATE": ("auto", "per_step", "per_micro_batch"),
-    "COMPILE": ("on", "off"),
+    "COMPILE": ("auto", "on", "off"),
     "COMPUTE_DTYPE": ("bfloat16", "float32"),
     "DEVICE": ("auto", "cuda", "cpu"),
 }
@@ -157,10 +158,10 @@ def make_optimizer(model, betas, weight_decay):
     return optimizer
 
 
-def build(args, mesh, plan):
+def build(args, mesh, plan, compile_blocks):
     """Return (SFTModel of RESIZED_MODEL, sharded over `mesh` as the memory_plan.Plan says; its optimizer)."""
     model = sft_model.load_model(args["RESIZED_MODEL"])
-    sft_model.prepare_blocks(model, plan.checkpointing, args["COMPILE"] == "on")
+    sft_model.prepare_blocks(model, plan.checkpointing, compile_blocks, mesh.device_type)
     shard(model, mesh, getattr(torch, args["COMPUTE_DTYPE"]), plan.communicate)
     return model, make_optimizer(model, (args["ADAM_BETA1"], args["ADAM_BETA2"]), args["WEIGHT_DECAY"])
 
@@ -387,12 +388,20 @@ def train_step(model, optimizer, micro_batches, trainable_tokens, communicate, m
 def rehearse(model, optimizer, micro_batch, communicate):
     """Run the largest micro-batch once, so that running out of memory happens now and not hours in.
 
-    It runs as in the middle of a step and as at its end. Parameters and moments stay as they are.
-    Raises: SystemExit with the setting to change.
+    It runs as in the middle of a step and as at its end. Between them, and without gradients as in a validation, run a
+    few tokens and the single one of an empty micro-batch: torch.compile makes each of these four apart, and now.
+    Parameters and moments stay as they are. Raises: SystemExit with the setting to change.
     """
+    few = dataloader.concatenate([(np.arange(3), np.ones(3, bool))]).to(micro_batch.input_ids.device)
+    empty = dataloader.concatenate([]).to(micro_batch.input_ids.device)
     try:
-        for last in (False, True):
-            forward_backward(model, micro_batch, 1.0, last or communicate == "per_micro_batch")
+        for batch, last in ((micro_batch, False), (few, False), (empty, False), (micro_batch, True)):
+            forward_backward(model, batch, 1.0, last or communicate == "per_micro_batch")
+        model.eval()
+        with torch.no_grad():
+            model(few), model(empty)
+        validation.reshard(model)
+        model.train()
     except torch.OutOfMemoryError as error:
         raise SystemExit(
             f"The largest micro-batch ({micro_batch.tokens} tokens) does not fit into this GPU ({error}). "
@@ -556,7 +565,9 @@ def run(args, device, mesh, locks):
     plan, survey, state.total_steps, lines = plan_run(args, config, sizes, lengths, device, mesh)
     state.plan = asdict(plan)
 
-    model, optimizer = build(args, mesh, plan)
+    compile_blocks, reason = sft_model.choose_compile(args["COMPILE"], device.type)
+    lines += f"\n{'compile':<10} {reason}"
+    model, optimizer = build(args, mesh, plan, compile_blocks)
     checkpoint = distributed.on_rank0(lambda: checkpoints.choose(folder, args["RESUME"]))
     changed = resume(checkpoint, model, optimizer, state) if checkpoint else []
     distributed.on_rank0(lambda: export_hf.dry_run(args["RESIZED_MODEL"]))
@@ -565,7 +576,7 @@ def run(args, device, mesh, locks):
     if state.step >= state.total_steps:
         return
 
-    distributed.heartbeat("the largest micro-batch, tried first")
+    distributed.heartbeat("the largest micro-batch, tried first", patient=True)  # torch.compile may take minutes
     equal_counts = plan.communicate == "per_micro_batch"  # there each forward gathers, which is collective
     loader = dataloader.PackedLoader(data["train"], sizes, plan.tokens, device, equal_counts)
     largest = dataloader.concatenate(list(loader.rows(survey.largest).values())).to(device)

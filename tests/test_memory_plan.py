@@ -32,9 +32,9 @@ def test_the_shapes_of_genesis():
 def test_two_depths_give_the_bytes_of_any_depth(kind, checkpointing, monkeypatch):
     monkeypatch.setattr(sft_model, "LOSS_CHUNK_TOKENS", 16)
     config = tiny_config(kind, num_hidden_layers=9)
-    expected = memory_plan.activation_bytes(config, torch.bfloat16, [50, 100], checkpointing)
+    expected = memory_plan.activation_bytes(config, torch.bfloat16, [50, 100], checkpointing, "cuda")
     model = sft_model.SFTModel(memory_plan.on_meta(config, torch.bfloat16)).train()
-    sft_model.prepare_blocks(model, checkpointing, False)
+    sft_model.prepare_blocks(model, checkpointing, False, "cuda")
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = dataloader.concatenate([(np.zeros(n, np.int64), np.ones(n, bool)) for n in (50, 100)])
@@ -53,14 +53,14 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(
     config = tiny_config(num_hidden_layers=6, hidden_size=128, intermediate_size=384, num_key_value_heads=4)
     base = write_base(tmp_path / "base", config)
     args = {"COMMUNICATE": communicate, "ACTIVATION_CHECKPOINTING": checkpointing, "TOKENS_PER_MICRO_BATCH": 512}
-    plan = memory_plan.choose(config, memory_plan.shapes(config), 1, torch.bfloat16, args, 128, 2**40)
+    plan = memory_plan.choose(config, memory_plan.shapes(config), 1, torch.bfloat16, args, 128, 2**40, "cpu")
     rng = np.random.default_rng(0)
     batches = [
         dataloader.concatenate([(rng.integers(0, 515, 128), np.ones(128, bool)) for _ in range(4)]) for _ in range(2)
     ]
     with memory_plan.LiveBytes([]) as live:
         model = sft_model.load_model(base)
-        sft_model.prepare_blocks(model, plan.checkpointing, False)
+        sft_model.prepare_blocks(model, plan.checkpointing, False, "cpu")
         sft_v1.shard(model, alone, torch.bfloat16, communicate)
         optimizer = sft_v1.make_optimizer(model, (0.9, 0.95), 0.01)
         sft_v1.train_step(model, optimizer, batches, 500, communicate, 1.0)  # the first step sets FSDP up
@@ -74,7 +74,7 @@ def test_less_memory_gives_up_recomputation_first_and_then_communicates_more_oft
     sizes = memory_plan.shapes(config)
 
     def choose(gib, args=AUTO):
-        return memory_plan.choose(config, sizes, 2, torch.bfloat16, args, 2048, gib * memory_plan.GIB)
+        return memory_plan.choose(config, sizes, 2, torch.bfloat16, args, 2048, gib * memory_plan.GIB, "cuda")
 
     chosen = [choose(gib) for gib in (80, 22, 14, 11, 4)]
     assert [(p.communicate, p.checkpointing, p.tokens) for p in chosen] == [

@@ -3,7 +3,9 @@
 bash tests/run.sh tests/test_model.py
 """
 
+import importlib.util
 import math
+import sysconfig
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from common import genesis_lengths
 from helpers import sequences, tiny_config, write_base
 
-from sft.training import dataloader
+import sft_v1
+from sft.training import dataloader, validation
 from sft.training import model as sft_model
 
 
@@ -27,10 +31,15 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("model") / "base", tiny_config())
 
 
-def loaded(base, checkpointing, compile_blocks=False):
+def loaded(base, checkpointing, compile_blocks=False, device_type="cpu"):
     model = sft_model.load_model(base)
-    sft_model.prepare_blocks(model, checkpointing, compile_blocks)
+    sft_model.prepare_blocks(model, checkpointing, compile_blocks, device_type)
     return model
+
+
+def sequence(length):
+    """Return (ids, mask) of a sequence of `length` tokens, all of them trained."""
+    return np.arange(length), np.ones(length, bool)
 
 
 def packed_gradients(base, rows, groups):
@@ -76,11 +85,15 @@ def test_gradients_equal_the_padded_reference(tmp_path, config):
             torch.testing.assert_close(gradients[name], p.grad, rtol=2e-5, atol=2e-5 * p.grad.abs().max().item())
 
 
-def test_compiled_blocks_compute_the_same_and_are_compiled_once(base):
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_blocks_compute_the_same_and_nothing_is_compiled_after_the_rehearsal(base, alone):
     rows = list(zip(*sequences(12, 515), strict=True))
-    plain, compiled = loaded(base, False), loaded(base, False, compile_blocks=True)
-    pieces = []
+    plain, compiled = loaded(base, False), loaded(base, False, compile_blocks=True, device_type="cuda")
     torch._dynamo.utils.counters.clear()
+    graphs = []
     for part in (rows[:4], rows[4:6], rows[6:]):  # other numbers of tokens and documents
         losses = []
         for model in (plain, compiled):
@@ -90,8 +103,51 @@ def test_compiled_blocks_compute_the_same_and_are_compiled_once(base):
         assert math.isclose(*(loss.item() for loss in losses), rel_tol=1e-5)
         for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(q.grad, p.grad, rtol=2e-5, atol=2e-5 * p.grad.abs().max().item(), msg=name)
-        pieces.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert pieces[0] == pieces[-1] > 0  # those of the first block serve all blocks and sizes
+        graphs.append(compiled_graphs())
+    assert graphs[0] == graphs[-1] > 0  # those of the first block serve all blocks and sizes
+
+    compiled.zero_grad()
+    sft_v1.shard(compiled, alone, torch.bfloat16, "per_step")
+    optimizer = sft_v1.make_optimizer(compiled, (0.9, 0.95), 0.01)
+    lengths = genesis_lengths(200 * 4, cut=64)
+    batches = [dataloader.concatenate([sequence(n) for n in lengths[i : i + 4]]) for i in range(0, len(lengths), 4)]
+    largest = max(batches, key=lambda batch: batch.tokens)
+    sft_v1.rehearse(compiled, optimizer, largest, "per_step")
+    rehearsed, empty = compiled_graphs(), dataloader.concatenate([])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step, batch in enumerate(batches):
+            micro_batches = [batch, empty] if step % 10 == 0 else [batch]
+            loss, _, updated, _ = sft_v1.train_step(compiled, optimizer, micro_batches, 100, "per_step", 1.0)
+            assert updated and loss > 0
+        compiled.eval()
+        with torch.no_grad():
+            for batch in (*batches[:20], empty):
+                compiled(batch)
+        validation.answer(compiled, [[1, 2, 3], [4]], 2, 4, torch.device("cpu"))
+    assert compiled_graphs() == rehearsed
+
+
+def test_compile_auto_is_on_for_a_gpu_with_a_compiler_and_off_on_a_cpu(monkeypatch, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton")
+    lacking = "off: no C compiler (gcc or clang). Install it for a faster run"
+    assert sft_model.choose_compile("auto", "cuda") == (False, lacking)
+    with pytest.raises(SystemExit, match=r"COMPILE is on, but this machine has no C\+\+ compiler \(g\+\+\)\. Install"):
+        sft_model.choose_compile("on", "cpu")
+    for name in ("gcc", "g++"):
+        (tools / name).write_text("")
+        (tools / name).chmod(0o755)
+    for setting, device, expected in (
+        ("auto", "cuda", True), ("on", "cuda", True), ("off", "cuda", False),
+        ("auto", "cpu", False), ("on", "cpu", True), ("off", "cpu", False),
+    ):  # fmt: skip
+        assert sft_model.choose_compile(setting, device)[0] == expected, (setting, device)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h in " in sft_model.choose_compile("auto", "cuda")[1]
 
 
 def test_perturbing_one_sequence_leaves_the_others_loss_unchanged_bit_for_bit(base):

@@ -1,11 +1,10 @@
 """RMSNorm and SwiGLU of an HF model with fewer reads, writes and kept tensors: what a run on a GPU uses.
 
-Used by sft_v1.py, and by memory_plan.py for a run on GPUs. On a CPU a model runs as transformers wrote it, bit for bit.
+Used by model.py, for a run and for its plan of the memory. On a CPU a model runs as transformers wrote it, bit for bit.
 torch.compile fuses what is left: the pieces of swiglu and swiglu_backward, and the rotary embedding.
 """
 
 import inspect
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +15,35 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # transformers' names of a 
 
 
 def fuse(model):
-    """Replace the forward of each RMSNorm and SwiGLU in `model` (nn.Module, on any device), in place.
+    """Give each RMSNorm and SwiGLU in `model` (nn.Module, on any device) the class of that name here, in place.
 
     Which modules those are is found by their output on a random input, not by their class. Others stay as they are:
     norms that multiply by 1 + weight, MLPs with a bias or another activation. Modules and parameters keep their names.
+    The class changes and not the instance's forward: torch.compile would compile each instance for itself.
     """
     for module in model.modules():
         if is_rms_norm(module):
-            module.forward = partial(rms_norm, module, epsilon(module))
+            module.eps = epsilon(module)
+            module.__class__ = RMSNorm
         elif is_swiglu(module):
-            module.forward = partial(swiglu_mlp, module)
+            module.__class__ = SwiGLU
 
 
 # ==== RMSNorm ====
 
 
-def rms_norm(norm, eps, hidden):
-    """Return hidden / sqrt(mean(hidden^2) + eps) * norm.weight: [..., width] in hidden's dtype (Zhang & Sennrich 2019).
+class RMSNorm(nn.Module):
+    """hidden / sqrt(mean(hidden^2) + eps) * weight (Zhang & Sennrich 2019), with transformers' parameter `weight`.
 
     One kernel each way, which keeps its input and a float32 per row; transformers' takes six and keeps three tensors.
     It rounds to bfloat16 once, transformers' twice: they differ by at most 2^-7 of a value.
     """
-    if hidden.device.type == "meta":
-        return RMSNormShapes.apply(hidden, norm.weight)
-    return F.rms_norm(hidden, norm.weight.shape, norm.weight, eps)
+
+    def forward(self, hidden):
+        """Return the normed `hidden` [..., width], in its dtype."""
+        if hidden.device.type == "meta":
+            return RMSNormShapes.apply(hidden, self.weight)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class RMSNormShapes(torch.autograd.Function):
@@ -84,9 +88,12 @@ def is_rms_norm(module):
 # ==== SwiGLU ====
 
 
-def swiglu_mlp(mlp, hidden):
-    """Return down(silu(gate(hidden)) * up(hidden)): [..., width] (Shazeer 2020)."""
-    return SwiGLUDown.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden), mlp.down_proj.weight)
+class SwiGLU(nn.Module):
+    """down(silu(gate(hidden)) * up(hidden)) (Shazeer 2020), with transformers' parameters."""
+
+    def forward(self, hidden):
+        """Return the MLP's output [..., width] for `hidden` [..., width]."""
+        return SwiGLUDown.apply(self.gate_proj(hidden), self.up_proj(hidden), self.down_proj.weight)
 
 
 class SwiGLUDown(torch.autograd.Function):
@@ -117,7 +124,7 @@ def swiglu_backward(grad, gate, up):
 
 @torch.no_grad()
 def is_swiglu(module):
-    """Return whether `module` is an MLP of three matrices that computes what swiglu_mlp does, seen with small ones."""
+    """Return whether `module` is an MLP of three matrices that computes what SwiGLU does, seen with small ones."""
     names = [f"{name}.weight" for name in PROJECTIONS]
     if sorted(name for name, _ in module.named_parameters()) != sorted(names) or not takes_one_input(module):
         return False

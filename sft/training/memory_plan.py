@@ -117,17 +117,17 @@ class LiveBytes(TorchDispatchMode):
                 self.bound += growth
 
 
-def activation_bytes(config, dtype, lengths, checkpointing):
+def activation_bytes(config, dtype, lengths, checkpointing, device_type):
     """Return the peak bytes of one forward and backward, without parameters and their gradients.
 
-    lengths: tokens of each document of the micro-batch; all of them are trained. The peak of a model grows by the same
-    bytes with each block, so two small models give that of any number of blocks.
+    lengths: tokens of each document of the micro-batch; all of them are trained; device_type: of the run.
+    The peak of a model grows by the same bytes with each block, so two small models give that of any number of blocks.
     """
     batch = dataloader.concatenate([(np.zeros(n, np.int64), np.ones(n, bool)) for n in lengths]).to("meta")
     peaks = []
     for layers in (2, 3):
         model = sft_model.SFTModel(on_meta(config, dtype, layers)).train()
-        sft_model.prepare_blocks(model, checkpointing, compile_blocks=False)
+        sft_model.prepare_blocks(model, checkpointing, False, device_type)
         for p in model.parameters():  # FSDP takes a gradient away as soon as it is there
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
@@ -182,7 +182,7 @@ def estimate(sizes, shards, dtype, communicate, checkpointing, tokens, activatio
     )
 
 
-def choose(config, sizes, shards, dtype, args, longest, limit):
+def choose(config, sizes, shards, dtype, args, longest, limit, device_type):
     """Return the fastest Plan that fits into `limit` bytes, or the smallest one if none does.
 
     args: the settings; "auto" and 0 are chosen here. In this order: communicating once per step saves the most time
@@ -203,7 +203,7 @@ def choose(config, sizes, shards, dtype, args, longest, limit):
         lengths = [longest] * (tokens // longest)  # the longest documents need the most
         if tokens % longest:
             lengths.append(tokens % longest)
-        return activation_bytes(config, dtype, lengths, checkpointing)
+        return activation_bytes(config, dtype, lengths, checkpointing, device_type)
 
     plans = []
     for communicate, checkpointing, tokens in itertools.product(ways, recompute, budgets):
@@ -288,7 +288,7 @@ def plan_run(args, config, sizes, lengths, topology, limit):
     one_epoch = dataloader.steps_per_epoch(len(lengths), per_step)
     total_steps = args["MAX_STEPS"] or args["EPOCHS"] * one_epoch
     dtype = getattr(torch, args["COMPUTE_DTYPE"])
-    plan = choose(config, sizes, topology.shards, dtype, args, int(lengths.max()), limit)
+    plan = choose(config, sizes, topology.shards, dtype, args, int(lengths.max()), limit, topology.device)
     costs = dataloader.cost(lengths, sizes.matrices, sizes.attention)
     steps = min(one_epoch, total_steps)
     equal = plan.communicate == "per_micro_batch"

@@ -3,8 +3,13 @@
 Used by sft_v1.py, and by memory_plan.py on the meta device.
 """
 
+import importlib.util
 import inspect
+import os
+import shutil
+import sysconfig
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from transformers import AttentionInterface
 
 from sft import hf_folder
-from sft.training import cpu, dataloader
+from sft.training import cpu, dataloader, fused
 
 LOSS_CHUNK_TOKENS = 1024  # trainable positions whose logits exist at once: 1024 x 49,156 x 4 bytes = 0.2 GB
 
@@ -159,12 +164,48 @@ def check_loss(model, folder):
         )
 
 
-def prepare_blocks(model, activation_checkpointing, compile_blocks):
-    """Compile and/or checkpoint each block of an SFTModel in place.
+def lacking_for_compile(device_type):
+    """Return what torch.compile needs for "cuda" or "cpu" and this machine lacks, as a phrase; "" if nothing.
+
+    Triton starts each GPU kernel from C, and the CPU's kernels are C++; both are built against Python's headers.
+    """
+    names, variable, language = ("gcc", "clang"), "CC", "C"
+    if device_type == "cpu":
+        names, variable, language = ("g++",), "CXX", "C++"
+    if variable in os.environ:
+        names = (os.environ[variable],)
+    if not any(shutil.which(name) for name in names):
+        return f"{language} compiler ({' or '.join(names)})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return f"Python.h in {sysconfig.get_path('include')} (package python3-dev)"
+    if device_type == "cuda" and not importlib.util.find_spec("triton"):
+        return "Python package triton"
+    return ""
+
+
+def choose_compile(setting, device_type):
+    """Return (whether to compile the blocks, why) for COMPILE = `setting` on "cuda" or "cpu".
+
+    Raises: SystemExit if it is "on" and this machine has no compiler.
+    """
+    lacking = lacking_for_compile(device_type)
+    if setting == "on" and lacking:
+        raise SystemExit(f"COMPILE is on, but this machine has no {lacking}. Install it, or take --compile off.")
+    if setting == "off" or (setting == "auto" and device_type == "cpu"):
+        return False, "off" if setting == "off" else "off, as it gains little on a CPU"
+    if lacking:
+        return False, f"off: no {lacking}. Install it for a faster run"
+    return True, "on; before the first step it takes some minutes"
+
+
+def prepare_blocks(model, activation_checkpointing, compile_blocks, device_type):
+    """Compile and/or checkpoint each block of an SFTModel in place; for "cuda" first fuse its norms and MLPs.
 
     torch.compile gets the pieces before and after the attention call, for any number of tokens: one compilation serves
     all blocks and steps. The forward is replaced, not the block, so that the names of parameters stay.
     """
+    if device_type == "cuda":
+        fused.fuse(model)
     for layer in model.causal_lm.base_model.layers:
         if compile_blocks:
             layer.forward = torch.compile(layer.forward, dynamic=True)
