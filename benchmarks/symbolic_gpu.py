@@ -216,7 +216,7 @@ class FakeRun:
         """Load, shard, make the optimizer."""
         self.tracker.phase = "load and shard"
         sft_model.load_model = self.load_model
-        self.model, self.optimizer = self.trainer.build(self.args, self.mesh, self.plan)
+        self.model, self.optimizer = self.trainer.build(self.args, self.mesh, self.plan, compile_blocks=False)
         self.model.register_forward_pre_hook(self.note_documents)
 
     def load_model(self, folder):
