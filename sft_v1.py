@@ -403,7 +403,8 @@ def rehearse(model, optimizer, micro_batch, communicate):
         forward_backward(model, batch, 1.0, last or communicate == "per_micro_batch")
     model.eval()
     with torch.no_grad():
-        model(few), model(empty)
+        for batch in (few, empty):
+            model(batch)
     validation.reshard(model)
     model.train()
     optimizer.zero_grad(set_to_none=True)

@@ -49,7 +49,7 @@ def test_the_plan_is_within_10_percent_of_the_tensor_bytes_of_a_real_step(
     tmp_path, alone, monkeypatch, communicate, checkpointing
 ):
     monkeypatch.setattr(sft_model, "LOSS_CHUNK_TOKENS", 64)
-    # As many key heads as heads: the plan counts them repeated, as on a GPU, and the attention on a CPU does without.
+    # As many key heads as heads: with torch 2.11 the plan counts them repeated, as on a GPU; a CPU does without that.
     config = tiny_config(num_hidden_layers=6, hidden_size=128, intermediate_size=384, num_key_value_heads=4)
     base = write_base(tmp_path / "base", config)
     args = {"COMMUNICATE": communicate, "ACTIVATION_CHECKPOINTING": checkpointing, "TOKENS_PER_MICRO_BATCH": 512}
