@@ -70,7 +70,7 @@ COMMUNICATE = "auto"  # gather and reduce "per_step" | "per_micro_batch": slower
 COMPILE = "auto"  # torch.compile on the blocks, minutes at start: "on" | "off" | "auto": on a GPU with a C compiler
 COMPUTE_DTYPE = "bfloat16"  # of forward and backward; "float32" is for the tests, on a CPU. Masters are always float32
 DETERMINISTIC = "off"  # on a GPU the same bits each time, slower: "on" | "off": up to the order of sums in attention
-RESERVED_GIB = 2.5  # of each card for the CUDA context, NCCL, fragmentation and a desktop; the plan fits into the rest
+RESERVED_GIB = 2.5  # of the poorest card's free memory, for kernels' workspaces and a desktop; the plan takes the rest
 DEVICE = "auto"  # "auto" (a GPU per process if there is one) | "cuda" | "cpu"
 # ---- Validation, log and checkpoints ----
 VALIDATE_EVERY = 500  # optimizer steps between validations; also before the first step and after the last; 0 = never
@@ -83,11 +83,12 @@ EXPECTED_TOKENS_PER_SECOND = 19_000  # tokens/s of all ranks, for the time print
 # ---- Planning without a run ----
 PLAN_ONLY = False  # print the plan for PLAN_RANKS GPUs of PLAN_GIB each and stop; needs only config.json and the data
 PLAN_RANKS = 2  # GPUs of one machine
-PLAN_GIB = 24.0  # GiB of memory of each
+PLAN_GIB = 23.65  # GiB of memory that torch sees of each; an RTX 4090's
 
 # ==== Constants ====
 
 ADAM_EPS = 1e-8  # added to the root of the second moment
+CONTEXT_GIB = 0.8  # of a card for the CUDA context and NCCL, estimated, in a plan without a card; a run measures it
 MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
 
 CHOICES = {
@@ -146,11 +147,14 @@ def shard(model, mesh, compute_dtype, communicate):
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    if mesh.device_type == "cuda":
+        for unit in (*model.causal_lm.base_model.layers, model):
+            unit.set_custom_reduce_scatter(distributed.ReduceInOnePool())
 
 
 def make_optimizer(model, betas, weight_decay):
     """Return AdamW with fp32 moments that exist from the start, so that every checkpoint has the same tensors."""
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -360,7 +364,8 @@ def train_step(model, optimizer, micro_batches, trainable_tokens, communicate, m
     distributed.heartbeat(part="sum over the ranks")
     shared = torch.stack([total, torch.full_like(total, float(stop))])
     dist.all_reduce(shared)
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]  # a frozen one has none
+    norm = nn.utils.get_total_norm(gradients).full_tensor()
     # The step's one wait for the device.
     loss, stop, grad_norm = torch.stack([shared[0] / trainable_tokens, shared[1], norm]).tolist()
     updated = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -376,23 +381,17 @@ def rehearse(model, optimizer, micro_batch, communicate):
 
     It runs as in the middle of a step and as at its end. Between them, and without gradients as in a validation, run a
     few tokens and the single one of an empty micro-batch: torch.compile makes each of these four apart, and now.
-    Parameters and moments stay as they are. Raises: SystemExit with the setting to change.
+    Parameters and moments stay as they are.
     """
     few = dataloader.concatenate([(np.arange(3), np.ones(3, bool))]).to(micro_batch.input_ids.device)
     empty = dataloader.concatenate([]).to(micro_batch.input_ids.device)
-    try:
-        for batch, last in ((micro_batch, False), (few, False), (empty, False), (micro_batch, True)):
-            forward_backward(model, batch, 1.0, last or communicate == "per_micro_batch")
-        model.eval()
-        with torch.no_grad():
-            model(few), model(empty)
-        validation.reshard(model)
-        model.train()
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"The largest micro-batch ({micro_batch.tokens} tokens) does not fit into this GPU ({error}). "
-            "Raise RESERVED_GIB, so that a smaller plan is chosen, or lower TOKENS_PER_MICRO_BATCH."
-        ) from None
+    for batch, last in ((micro_batch, False), (few, False), (empty, False), (micro_batch, True)):
+        forward_backward(model, batch, 1.0, last or communicate == "per_micro_batch")
+    model.eval()
+    with torch.no_grad():
+        model(few), model(empty)
+    validation.reshard(model)
+    model.train()
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -422,6 +421,7 @@ def train(model, optimizer, loader, validator, saver, args, state, log, stop):
         state.updates += updated
         metrics = log.metrics(state.step, loss, grad_norm, lr, batch, time.perf_counter() - start)
         log.check_spike(metrics, batch.indices)
+        log.check_memory(metrics)
         skipped = count_skipped(skipped, updated, metrics, batch, log)
         last = state.step == total_steps
         if validator and (state.step % args["VALIDATE_EVERY"] == 0 or last):
@@ -473,7 +473,7 @@ def print_plan(args):
     """Print the plan of a run on PLAN_RANKS GPUs of PLAN_GIB, without a GPU or weights."""
     _, config, lengths = load_inputs(args)
     dataloader.warn_of_limit(dataloader.read_report(args["DATA_DIR"]))
-    limit = (args["PLAN_GIB"] - args["RESERVED_GIB"]) * memory_plan.GIB
+    limit = (args["PLAN_GIB"] - CONTEXT_GIB - args["RESERVED_GIB"]) * memory_plan.GIB
     topology = memory_plan.Topology(args["PLAN_RANKS"], 1, "cuda")
     *_, lines = memory_plan.plan_run(args, config, memory_plan.shapes(config), lengths, topology, limit)
     print(lines)
@@ -534,10 +534,10 @@ def open_run(args, report, locks):
 
 
 def plan_run(args, config, sizes, lengths, device, mesh):
-    """Return rank 0's memory_plan.plan_run for this machine, on every rank."""
+    """Return rank 0's memory_plan.plan_run, made for the poorest rank's memory, on every rank."""
     world_size = dist.get_world_size()
     topology = memory_plan.Topology(world_size, world_size // mesh.size(-1), device.type)
-    limit = hardware.memory(device) - args["RESERVED_GIB"] * memory_plan.GIB
+    limit = min(distributed.on_every_rank(hardware.memory(device))) - args["RESERVED_GIB"] * memory_plan.GIB
     return distributed.on_rank0(lambda: memory_plan.plan_run(args, config, sizes, lengths, topology, limit))
 
 
@@ -598,8 +598,18 @@ def main(args):
     device, mesh = distributed.join(args["DEVICE"])
     if device.type == "cuda" and args["COMPUTE_DTYPE"] == "float32":
         raise SystemExit("COMPUTE_DTYPE is float32; flash attention on a GPU needs bfloat16.")
-    with contextlib.ExitStack() as locks, distributed.Watchdog(args["COLLECTIVE_TIMEOUT_SECONDS"]):
-        run(args, device, mesh, locks)
+    with contextlib.ExitStack() as locks, distributed.Watchdog(args["COLLECTIVE_TIMEOUT_SECONDS"]) as watchdog:
+        try:
+            run(args, device, mesh, locks)
+        except RuntimeError as error:
+            if not distributed.memory_error(error):
+                raise
+            reason = ". ".join(str(error).splitlines()[0].split(". ")[:3])  # torch adds advice on its own settings
+            watchdog.end_all(
+                f"Rank {dist.get_rank()} ran out of memory in {distributed.Progress.text()!r} ({reason}). Raise "
+                "RESERVED_GIB, so that a smaller plan is chosen, or lower TOKENS_PER_MICRO_BATCH; then run the same "
+                "command again: it continues from the latest checkpoint."
+            )
     dist.destroy_process_group()
 
 

@@ -165,7 +165,7 @@ RUN = {  # the settings of the small runs of sft_v1.py: they save at steps 10, 2
     "DEVICE": "cpu",
 }
 TIMING = ("step_seconds", "tokens_per_second", "trainable_tokens_per_second", "micro_batches", "idle_share")
-TIMING += ("data_seconds", "mfu", "peak_gib")
+TIMING += ("data_seconds", "mfu", "allocated_gib", "reserved_gib", "allocation_retries")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 TORCHRUN += ["--master-port", "0", "--nproc-per-node"]
 

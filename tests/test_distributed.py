@@ -182,6 +182,51 @@ def test_a_rank_that_hangs_ends_the_others_and_is_named(runs):
     assert re.search(r"rank 1 last reported [34] s ago, in '(step|saving)[^']*'. Look at the lost process", line), line
 
 
+# ---- Out of memory ----
+
+RUN_OUT = """
+import time, torch, torch.distributed.checkpoint
+from sft.training import distributed, model
+
+def run_out(owner, name, phase):
+    real = getattr(owner, name)
+    def action(*args, **kwargs):
+        if rank == 1 and phase in distributed.Progress.text():
+            print("OUT AT", time.time(), flush=True)
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 23.65 GiB of which 1.00 "
+                "GiB is free. Including non-PyTorch memory, this process has 22.00 GiB memory in use."
+            )
+        return real(*args, **kwargs)
+    setattr(owner, name, action)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "phase"),
+    [
+        ("model.SFTModel, 'forward'", "the largest micro-batch"),
+        ("torch.Tensor, 'backward'", "step 12"),
+        ("torch.optim.AdamW, 'step'", "step 12"),
+        ("model.SFTModel, 'forward'", "validation on x"),
+        ("torch.distributed.checkpoint.FileSystemWriter, 'write_data'", "step 10"),
+    ],
+    ids=["rehearsal", "backward", "optimizer", "validation", "save"],
+)
+def test_a_rank_that_runs_out_of_memory_ends_all_with_one_sentence_within_seconds(runs, tmp_path, where, phase):
+    line = train_command(runs, "full-" + phase.replace(" ", "-"), 2)
+    program = f"{RUN_OUT}run_out({where}, {phase!r})"
+    result = torchrun(started_by(tmp_path / "starter.py", program, line), timeout=120)
+    seconds = time.time() - float(re.search(r"OUT AT ([\d.]+)", result.stdout)[1])
+    assert result.returncode == 1 and seconds < 20
+    (sentence,) = re.findall(r"Rank \d+ .*", result.stderr)  # of one rank; the other ends without a word
+    assert re.match(rf"Rank 1 ran out of memory in '[^']*{phase}", sentence), sentence
+    assert "23.65 GiB of which 1.00 GiB is free). Raise RESERVED_GIB" in sentence
+    tracebacks = result.stderr.split("Traceback")[1:]
+    assert all("ChildFailedError" in text for text in tracebacks), result.stderr  # torchrun's own
+
+
 # ---- Ranks that differ ----
 
 

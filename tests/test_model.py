@@ -17,7 +17,7 @@ from common import genesis_lengths
 from helpers import sequences, tiny_config, write_base
 
 import sft_v1
-from sft.training import dataloader, validation
+from sft.training import dataloader, memory_plan, validation
 from sft.training import model as sft_model
 
 
@@ -191,6 +191,43 @@ def test_the_chunked_loss_equals_cross_entropy_and_never_holds_all_logits():
     loss.mul(0.5).backward()
     torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=1e-5, atol=1e-5)
     assert max(largest) == 7 * 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vocabulary_that_16_bytes_do_not_divide_has_the_same_loss_from_rows_that_they_do(dtype):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16).to(dtype).requires_grad_() for rows in (50, 5003))
+    targets = torch.randint(0, 5003, (50,))
+    F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum").backward()
+    expected, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
+    strides = []
+
+    class RecordRows(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "mm" in function._schema.name:
+                tensors = [
+                    tensor for tensor in (*args, result) if 5003 in tensor.shape and tensor.shape[0] in (7, 5003)
+                ]
+                logits = [tensor for tensor in tensors if 7 in tensor.shape]
+                strides.extend(max(tensor.stride()) * tensor.element_size() for tensor in logits)
+            return result
+
+    with RecordRows():
+        loss = sft_model.ChunkedCrossEntropy.apply(hidden, weight, targets, 7, True)
+    loss.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close((hidden.grad, weight.grad), expected, rtol=tolerance, atol=tolerance)
+    assert len(strides) == 3 * 7 and all(stride % 16 == 0 for stride in strides)  # 7 chunks of 7 rows, three matmuls
+
+
+def test_the_loss_holds_one_chunk_once_in_each_precision():
+    hidden, weight = torch.randn(256, 16, dtype=torch.bfloat16), torch.randn(5000, 16, dtype=torch.bfloat16)
+    targets = torch.randint(0, 5000, (256,))
+    with memory_plan.LiveBytes([hidden, weight, targets]) as live:
+        sft_model.ChunkedCrossEntropy.apply(hidden.requires_grad_(), weight.requires_grad_(), targets, 64, True)
+    chunk, head = 64 * 5000, 5000 * 16
+    assert live.peak < 1.03 * ((2 + 4) * chunk + 4 * head + 2 * hidden.numel())
 
 
 def test_a_base_that_does_not_load_is_a_sentence(tmp_path):

@@ -335,6 +335,23 @@ def test_a_finished_run_has_nothing_to_do(runs, two_ranks, alone, capsys):
     assert "Nothing to do: 30 of 30 steps are done." in capsys.readouterr().out
 
 
+def test_frozen_parameters_stay_as_they_are_and_the_others_are_trained(runs, alone):
+    model = sft_model.load_model(runs / "base")
+    model.causal_lm.base_model.layers[0].requires_grad_(False)
+    model.causal_lm.base_model.layers[1].input_layernorm.requires_grad_(False)
+    sft_v1.shard(model, alone, torch.float32, "per_step")
+    optimizer = sft_v1.make_optimizer(model, (0.9, 0.95), 0.01)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-3
+    before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    batch = dataloader.concatenate([(np.arange(40), np.ones(40, bool))])
+    *_, updated, _ = sft_v1.train_step(model, optimizer, [batch], 39, "per_step", 1.0)
+    assert updated
+    for name, p in model.named_parameters():
+        frozen = "layers.0." in name or "layers.1.input_layernorm" in name
+        assert torch.equal(p.full_tensor(), before[name]) is frozen, name
+    assert not [name for name in sft_v1.checkpoint_tensors(model, optimizer) if "exp_avg.model.layers.0." in name]
+
+
 def test_a_stop_of_a_finished_run_does_not_end_the_next_which_says_how_the_rate_goes_on(runs, alone, capsys):
     changes = {"VALIDATE_EVERY": 0, "MIN_LEARNING_RATE": 1e-4}
     run_alone(alone, runs, "longer", MAX_STEPS=5, **changes)

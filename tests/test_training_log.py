@@ -38,6 +38,17 @@ def test_a_loss_far_above_the_last_ones_is_recorded_with_its_sequences_also_afte
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+def test_allocations_that_the_gpu_had_to_retry_are_warned_of_once_and_not_those_of_the_first_step(log, capsys):
+    record = log(0)
+    for step, retries in enumerate((3, 3, 4, 9), start=1):
+        record.check_memory({"step": step, "allocation_retries": retries})
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "WARNING: step 3: the GPU of rank 0 has too little memory left"
+    )
+    assert "--reserved-gib" in warnings[0]
+
+
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_line_behind(log, tmp_path):
     log(0).write({"step": 0, "validation_loss": 3.0})
     log(0).write({"step": 0, "validation_loss": 3.0})

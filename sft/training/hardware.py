@@ -17,21 +17,28 @@ from sft import system
 ROOT = Path(__file__).resolve().parents[2]
 
 # Dense bfloat16 operations per second with float32 sums, from NVIDIA's data sheets.
+# The first name that is in the card's counts.
 PEAKS = {
     "RTX 3090": 71e12,
     "RTX 4090": 165.2e12,
     "RTX 5090": 209.5e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "H200": 989e12,
 }
 
 
 def memory(device):
-    """Return the bytes of memory of this rank's GPU, or this rank's share of the machine's memory on a CPU."""
+    """Return the bytes of memory that this rank can use: on a GPU what is free or already torch's, else its share.
+
+    After `distributed.join` the CUDA context and NCCL have taken theirs; a desktop has what it shows now. On a CPU the
+    ranks share the machine's memory.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -45,20 +52,38 @@ def available_memory():
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
 
 
-def peak_gib(device):
-    """Return the most GiB that this rank has used so far: GPU memory in tensors, or on a CPU the whole process."""
+def memory_use(device):
+    """Return the most memory that this rank has used so far, as metrics (dict).
+
+    "allocated_gib": in tensors; "reserved_gib": taken from the GPU by torch's allocator, for tensors and the gaps
+    between them; "allocation_retries": how often it found none left and had to give its gaps back first, which stops
+    the GPU. On a CPU both are the whole process, without retries.
+    """
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        stats = torch.cuda.memory_stats(device)
+        allocated, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+        retries = stats["num_alloc_retries"]
+    else:
+        allocated = reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        retries = 0
+    return {
+        "allocated_gib": round(allocated / 2**30, 2),
+        "reserved_gib": round(reserved / 2**30, 2),
+        "allocation_retries": retries,
+    }
+
+
+def listed_peak(card):
+    """Return the floating-point operations per second in PEAKS of the GPU with the name `card`, or None."""
+    if "Laptop" in card:  # a smaller chip under a larger one's name
+        return None
+    return next((peak for name, peak in PEAKS.items() if name in card), None)
 
 
 def peak_flops(device, dtype):
     """Return the most floating-point operations per second of this rank's device, from PEAKS or else measured now."""
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        for name, peak in PEAKS.items():
-            if name in card:
-                return peak
+    if device.type == "cuda" and (listed := listed_peak(torch.cuda.get_device_name(device))):
+        return listed
     size = 4096 if device.type == "cuda" else 1024
     matrix = torch.ones(size, size, dtype=dtype, device=device)
     best = math.inf

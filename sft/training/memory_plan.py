@@ -21,7 +21,10 @@ from sft.training import model as sft_model
 from sft.training.schedule import Schedule
 
 GIB = 2**30
-BUDGETS = (8192, 6144, 4096, 3072, 2048, 1024)  # tokens per micro-batch that "auto" tries
+BUDGETS = (8192, 6144, 5120, 4608, 4096, 3584, 3072, 2560, 2048, 1024)  # tokens per micro-batch that "auto" tries
+# Bytes that torch's allocator keeps on a GPU in gaps between tensors, as a share of the tensors. From the simulated
+# allocator of benchmarks/symbolic_gpu.py, for Genesis on two cards.
+GAPS = 0.03
 
 # ==== The model's shapes and the machine ====
 
@@ -150,21 +153,26 @@ class Plan:
     tokens: int  # of the largest micro-batch allowed
     masters: int  # bytes of the fp32 parameters' shard
     moments: int  # of AdamW's two
-    gathered: int  # parameters in the compute dtype
+    gathered: int  # parameters in the compute dtype, and the buffers they come in: a pool that nothing else can use
     gradients: int  # unsharded ones, or the shard that they are reduced to, and the buffers of the reduction
     activations: int  # the most that one forward and backward holds
+    gaps: int  # between tensors, in the memory of a GPU
     staging: int = 0  # of host memory, for saves beside training; not in the total
 
     @property
     def total(self):
-        return self.masters + self.moments + self.gathered + self.gradients + self.activations
+        return sum(getattr(self, part) for part in PARTS)
 
 
-def estimate(sizes, shards, dtype, communicate, checkpointing, tokens, activations):
+PARTS = ("masters", "moments", "gathered", "gradients", "activations", "gaps")  # of Plan.total
+
+
+def estimate(sizes, shards, dtype, communicate, checkpointing, tokens, activations, device_type):
     """Return the Plan of one rank among `shards` that share a model.
 
     dtype: torch.dtype of the compute; activations: bytes of the micro-batch's, from activation_bytes.
-    FSDP2 keeps a unit's gathered parameters in the compute dtype and reduces its gradients in fp32.
+    FSDP2 keeps a unit's gathered parameters in the compute dtype and reduces its gradients in fp32. On a GPU the total
+    is what torch's allocator takes from it ("reserved"), not only what is in tensors.
     """
     if communicate == "per_step":  # everything is gathered once and kept; gradients add up unsharded, in fp32
         gathered = dtype.itemsize * (sizes.all + max(sizes.block, sizes.root))
@@ -172,15 +180,18 @@ def estimate(sizes, shards, dtype, communicate, checkpointing, tokens, activatio
     else:  # the root, the block at work and the one fetched ahead, each next to the buffer it comes in
         gathered = dtype.itemsize * (sizes.root + 4 * sizes.block)
         gradients = 4 * sizes.all // shards + (4 + dtype.itemsize) * max(sizes.block, sizes.root) + 4 * sizes.block
+    masters, moments = 4 * sizes.all // shards, 8 * sizes.all // shards
+    tensors = masters + moments + gathered + gradients + activations
     return Plan(
         communicate=communicate,
         checkpointing=checkpointing,
         tokens=tokens,
-        masters=4 * sizes.all // shards,
-        moments=8 * sizes.all // shards,
+        masters=masters,
+        moments=moments,
         gathered=gathered,
         gradients=gradients,
         activations=activations,
+        gaps=int(GAPS * tensors) if device_type == "cuda" else 0,
     )
 
 
@@ -210,7 +221,7 @@ def choose(config, sizes, shards, dtype, args, longest, limit, device_type):
     plans = []
     for communicate, checkpointing, tokens in itertools.product(ways, recompute, budgets):
         size = activations(tokens, checkpointing)
-        plan = estimate(sizes, shards, dtype, communicate, checkpointing, tokens, size)
+        plan = estimate(sizes, shards, dtype, communicate, checkpointing, tokens, size, device_type)
         if plan.total <= limit:
             return plan
         plans.append(plan)
@@ -254,8 +265,7 @@ def describe(plan, sizes, args, lengths, survey, total_steps, limit, topology):
     per_step, speed = args["SEQUENCES_PER_STEP"], args["EXPECTED_TOKENS_PER_SECOND"]
     real, slots = per_step * mean, per_step * longest
     dtype = getattr(torch, args["COMPUTE_DTYPE"])
-    names = ("masters", "moments", "gathered", "gradients", "activations")
-    parts = ", ".join(f"{name} {getattr(plan, name) / GIB:.1f}" for name in names)
+    parts = ", ".join(f"{name} {getattr(plan, name) / GIB:.1f}" for name in PARTS)
     sent = {}
     for way in ("per_step", "per_micro_batch"):
         sent[way] = sent_per_step(sizes, topology, dtype, way, survey.micro_batches) / 1e9

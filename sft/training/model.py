@@ -77,7 +77,9 @@ AttentionInterface.register("packed", packed_attention)
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of `hidden @ weight.T` whose logits exist for one chunk of rows at a time.
 
-    The forward computes the gradients, too, while it has the chunk's probabilities: nothing is computed twice.
+    The forward computes the gradients, too, while it has the chunk's probabilities: nothing is computed twice. One
+    buffer holds the logits of each chunk and then their gradient. Its rows are as long as 16 bytes divide, which is
+    what a GPU's fast matmuls ask for; the logits of the padding are -inf, so that its probability and gradient are 0.
     """
 
     @staticmethod
@@ -85,17 +87,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if with_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        vocabulary, unit = len(weight), 16 // weight.element_size()
+        buffer = hidden.new_empty(min(chunk, len(hidden)), -(-vocabulary // unit) * unit)
         for start in range(0, len(hidden), chunk):
             rows = hidden[start : start + chunk]
             chunk_targets = targets[start : start + chunk, None]
-            log_probs = torch.log_softmax(rows @ weight.T, dim=1, dtype=torch.float32)
+            padded = buffer[: len(rows)]
+            logits = padded[:, :vocabulary]
+            torch.mm(rows, weight.T, out=logits)
+            padded[:, vocabulary:] = float("-inf")
+            log_probs = torch.log_softmax(padded, dim=1, dtype=torch.float32)
             target_log_probs = log_probs.gather(1, chunk_targets)
             total -= target_log_probs.sum()
             if with_grad:
                 minus_one = torch.full_like(target_log_probs, -1.0)
-                logits_grad = log_probs.exp_().scatter_add_(1, chunk_targets, minus_one).to(weight.dtype)
-                hidden_grad[start : start + chunk] = logits_grad @ weight
-                weight_grad += logits_grad.T @ rows
+                padded.copy_(log_probs.exp_().scatter_add_(1, chunk_targets, minus_one))  # the logits' gradient
+                del log_probs  # not while the head's gradient is computed
+                torch.mm(logits, weight, out=hidden_grad[start : start + chunk])
+                weight_grad += logits.T @ rows
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 

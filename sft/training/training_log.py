@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Log:
         self.device = device
         self.peak_flops = peak_flops
         self.warning = ""
+        self.retries = None  # of allocations, up to the first step; that one fills the allocator's pools
         self.is_rank0 = dist.get_rank() == 0
         if not self.is_rank0:
             return
@@ -119,8 +121,7 @@ class Log:
             "tokens_per_second": round(stats["tokens"] / seconds, 1),
             "trainable_tokens_per_second": round(stats["trainable_tokens"] / seconds, 1),
             "mfu": round(stats["flops"] / seconds / self.peak_flops, 4),
-            "peak_gib": hardware.peak_gib(self.device),
-        }
+        } | hardware.memory_use(self.device)
 
     def write(self, line):
         """Record `line`: {"step": int, name: number, ...}."""
@@ -173,6 +174,22 @@ class Log:
                 f"{first['step']} to {losses[-1]:.4f} at step {line['step']}. The best checkpoint is kept: stop here "
                 "and export it with --checkpoint best; another time, fewer EPOCHS or a lower LEARNING_RATE."
             )
+
+    def check_memory(self, line):
+        """Warn once, on any rank, when torch's allocator had to retry after the run's first step."""
+        if self.retries is None:
+            self.retries = line["allocation_retries"]
+        elif line["allocation_retries"] > self.retries:
+            self.retries = math.inf
+            warning = (
+                f"WARNING: step {line['step']}: the GPU of rank {dist.get_rank()} has too little memory left: torch "
+                f"gave cached memory back to allocate more ({line['allocation_retries']} times so far), which makes "
+                "steps slow. Stop, then run the same command with a higher --reserved-gib."
+            )
+            if self.is_rank0:
+                self.say(warning)
+            else:
+                print(warning, file=sys.stderr, flush=True)
 
     @staticmethod
     def summary(line, indices):

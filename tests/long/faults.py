@@ -400,7 +400,8 @@ def digests(checkpoint):
 
 def record(run):
     """Return metrics.jsonl without what a clock decides."""
-    timing = ("step_seconds", "tokens_per_second", "trainable_tokens_per_second", "data_seconds", "mfu", "peak_gib")
+    timing = ("step_seconds", "tokens_per_second", "trainable_tokens_per_second", "data_seconds", "mfu")
+    timing += ("allocated_gib", "reserved_gib", "allocation_retries")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
