@@ -22,9 +22,9 @@ from sft import settings
 # ---- Runs ----
 ROUNDS = 2  # of both ways in turn
 SAVES = 5  # of each run, and one more at its end
-SAVE_EVERY = 4  # optimizer steps; long enough that a write ends before the next one begins
+SAVE_EVERY = 5  # optimizer steps; long enough that a write ends before the next one begins
 SEQUENCES_PER_STEP = 4  # of LENGTH tokens
-LENGTH = 128  # tokens
+LENGTH = 64  # tokens
 QUICK = False  # one round of 2 saves
 
 SHAPE = common.TINY | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 8192}

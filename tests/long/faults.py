@@ -416,7 +416,8 @@ class Check:
         self.folder, self.steps, self.save_every, self.rng = folder, steps, save_every, random.Random(seed)
         self.counts = dict.fromkeys(("kills", "saves_interrupted", "corruptions", "caught", "lost", "wrong"), 0)
         self.rounds, self.log = 0, folder / "log"
-        self.pending = None  # (checkpoint that was damaged, the one before it)
+        self.pending = None  # the checkpoint that was damaged, until a start has seen it
+        self.reached, self.damaged = "", set()  # in this round: the latest whole one so far, the names of damaged ones
         in_a_child(lambda: make_input(folder))
         started = time.monotonic()
         if Launcher(flags(folder, "whole", steps, save_every, keep=steps, async_save="off"), self.log).wait():
@@ -469,7 +470,8 @@ class Check:
         staging = list(self.run.glob("step_*.unfinished"))
         unfinished = staging or "after the rename" in what or "deleted" in what
         self.counts["saves_interrupted"] += bool(code and unfinished)
-        missing = left and self.missing_best(left)
+        self.reached = max(self.reached, left.name if left else "")
+        missing = self.missing_best()
         self.counts["lost"] += behind or bool(missing)
         wrong = [p.name for p in checkpoints.listed(self.run) if not checkpoints.defect(p) and self.differs(p)]
         self.counts["wrong"] += len(wrong)
@@ -488,11 +490,14 @@ class Check:
         if code == 0:
             self.finish()
 
-    def missing_best(self, latest):
-        """Return the name of the best checkpoint up to `latest` if it is not there and whole, else None."""
-        losses = {name: loss for name, loss in self.losses.items() if loss is not None and name <= latest.name}
+    def missing_best(self):
+        """Return the name of the round's best checkpoint if it is not there and whole, else None.
+
+        A damaged one is none of ours to keep, and it may have released the best one before it.
+        """
+        losses = {name: loss for name, loss in self.losses.items() if loss is not None and name <= self.reached}
         best = min(losses, key=losses.get, default=None)
-        return best if best and checkpoints.defect(self.run / best) else None
+        return best if best not in {None, *self.damaged} and checkpoints.defect(self.run / best) else None
 
     def differs(self, checkpoint):
         return digests(checkpoint) != self.whole[checkpoint.name]
@@ -507,6 +512,7 @@ class Check:
         shutil.rmtree(self.run)
         self.rounds += 1
         self.pending = None
+        self.reached, self.damaged = "", set()
 
     def damage(self):
         """Damage the latest checkpoint, if the one before it is whole, too."""
@@ -516,6 +522,7 @@ class Check:
             damage(whole[0], self.rng)
             self.counts["corruptions"] += 1
             self.pending = whole[0]
+            self.damaged.add(whole[0].name)
             print(f"      {damage.__name__}: {whole[0].name}", flush=True)
 
     def see_through(self, text, before):
