@@ -11,7 +11,10 @@ tensors) runs on fake tensors on "cuda:0" with a fake process group: fake_cuda.p
   kernel at its roofline and L GB/s between the cards. The timeline has both ranks' streams, events and collectives, so
   it knows what overlaps. Kernels reach 80 to 90% of a roofline, so a run stays below the bound;
 - alive and reserved: the most bytes in tensors, and in the simulated caching allocator, over rehearsal and steps.
-It cannot show: numbers, races, NCCL, a kernel's own checks, launch gaps, the fusions of torch.compile.
+
+torch.compile can't be traced without a device. SwiGLU, its gradient and the rotary embedding count as the one kernel
+that it makes of each (`compiled`); all else is counted as eager code runs it, so compiled code is better than that.
+It cannot show: numbers, races, NCCL, a kernel's own checks, launch gaps.
 """
 
 import collections
@@ -28,9 +31,10 @@ import numpy as np
 import torch
 import transformers
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers.models.llama import modeling_llama
 
 from sft import settings
-from sft.training import dataloader, distributed, memory_plan, validation
+from sft.training import dataloader, distributed, fused, memory_plan, validation
 from sft.training import model as sft_model
 
 # ---- Run ----
@@ -38,6 +42,9 @@ STEPS = 4  # optimizer steps over real layouts, on both ranks
 COMMUNICATE = "auto"  # "per_step" | "per_micro_batch" | "auto": the plan's choice
 ACTIVATION_CHECKPOINTING = "auto"  # "on" | "off" | "auto"
 TOKENS_PER_MICRO_BATCH = 0  # tokens; 0 = the plan's choice
+COMPILED = (
+    True  # count SwiGLU, its gradient and the rotary embedding as the one kernel that torch.compile makes of each
+)
 QUICK = False  # a tiny shape
 RECORD = ""  # file for the record as JSON; "" = none
 
@@ -57,6 +64,8 @@ def kinds(config):
         shape, fp32 = tuple(largest.shape), largest.dtype == torch.float32
         if "varlen" in name:
             return "attention"
+        if name == "rotary":
+            return "rotary, views of heads"
         if name.startswith(("_fused_adam", "_foreach_norm", "_foreach_mul")):
             return "AdamW, norm and clip"
         if name in ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat") or name.startswith("_foreach_copy"):
@@ -70,7 +79,7 @@ def kinds(config):
         if shape[-1:] == (config.intermediate_size,) and len(shape) == 3:
             return "SwiGLU"
         if (len(shape) >= 3 and shape[-1] in (head_dim, head_dim // 2)) or shape[-1:] == (head_dim // 2,):
-            return "rotary, repeated KV heads, views of heads"
+            return "rotary, views of heads"
         if len(shape) == 3 and shape[-1] == config.hidden_size:
             return "RMSNorm in float32" if fp32 else "norm and residual in bfloat16"
         if len(shape) <= 2 and fp32:
@@ -78,6 +87,42 @@ def kinds(config):
         return "else"
 
     return kind_of
+
+
+def compiled():
+    """Put one operator in the place of each piece that torch.compile makes one kernel of; they have shapes only."""
+
+    def operator(name, shapes):
+        """Register `name` with the type hints of the function `shapes`, which returns empty results."""
+        one = torch.library.custom_op(f"compiled::{name}", shapes, mutates_args=())
+        one.register_fake(shapes)
+        return one
+
+    def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(gate)
+
+    def swiglu_backward(
+        grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
+
+    def rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(heads)
+
+    fused.swiglu = operator("swiglu", swiglu)
+    fused.swiglu_backward = operator("swiglu_backward", swiglu_backward)
+    one = operator("rotary", rotary)
+    one.register_autograd(  # the gradient turns the other way
+        lambda ctx, grad: (one(grad, *ctx.saved_tensors), None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
+    )
+    modeling_llama.apply_rotary_pos_emb = lambda query, key, cos, sin: (one(query, cos, sin), one(key, cos, sin))
+
+
+def real_fuse(model, fuse=fused.fuse):
+    """fused.fuse, which looks at what modules compute, with real tensors."""
+    with unset_fake_temporarily():
+        fuse(model)
 
 
 def real_mesh(*args, **kwargs):
@@ -95,6 +140,7 @@ def fake_ranks(ranks, machines=1):
     torch.distributed.init_process_group = fake_cuda.fake_process_group(real_init, ranks)
     distributed.on_every_rank = lambda value: [value] * ranks
     distributed.init_device_mesh = real_mesh
+    fused.fuse = real_fuse
     distributed.rendezvous = dict
     distributed.end_with_launcher = lambda: None
     try:
@@ -137,7 +183,11 @@ class FakeRun:
 
         self.trainer, self.config, self.ranks = sft_v1, config, ranks
         defaults = {name: getattr(sft_v1, name) for _, name, _ in settings.constants(sft_v1.__file__)}
-        self.args = defaults | {"SEED": common.SEED, "WARMUP_STEPS": 0, "RESIZED_MODEL": "random weights"} | chosen
+        self.args = (
+            defaults
+            | {"SEED": common.SEED, "WARMUP_STEPS": 0, "COMPILE": "off", "RESIZED_MODEL": "random weights"}
+            | chosen
+        )
         self.tracker, self.mode = fake_cuda.Tracker(kinds(config)), fake_cuda.FakeTensors(allow_non_fake_inputs=True)
         with self:
             self.device, self.mesh = distributed.join("cuda")
@@ -145,7 +195,7 @@ class FakeRun:
         planned = sft_v1.plan_run(self.args, config, self.sizes, lengths, self.device, self.mesh)
         self.plan, self.survey, _, self.lines = planned
         self.data = dataset(lengths, config.vocab_size)
-        self.loader = dataloader.PackedLoader(self.data, self.sizes, self.plan.tokens, self.device)
+        self.loader = self.load(self.data)
         note_phases(self.tracker)
 
     def __enter__(self):
@@ -157,11 +207,16 @@ class FakeRun:
         self.tracker.__exit__(*exc)
         self.mode.__exit__(*exc)
 
+    def load(self, data):
+        """Return the loader of a `datasets` split, as sft_v1.run makes it."""
+        equal_counts = self.plan.communicate == "per_micro_batch"
+        return dataloader.PackedLoader(data, self.sizes, self.plan.tokens, self.device, equal_counts)
+
     def build(self):
         """Load, shard, make the optimizer."""
         self.tracker.phase = "load and shard"
         sft_model.load_model = self.load_model
-        self.model, self.optimizer = self.trainer.build(self.args, self.mesh, self.plan)
+        self.model, self.optimizer = self.trainer.build(self.args, self.mesh, self.plan, compile_blocks=False)
         self.model.register_forward_pre_hook(self.note_documents)
 
     def load_model(self, folder):
@@ -206,7 +261,7 @@ class FakeRun:
 
     def validate(self):
         self.tracker.phase = "validate"
-        held_out = dataloader.PackedLoader(self.data.select(range(16)), self.sizes, self.plan.tokens, self.device)
+        held_out = self.load(self.data.select(range(16)))
         return validation.validation_loss(self.model, held_out, ["x"] * 8 + ["y"] * 8, SEQUENCES_PER_STEP)
 
     def answer(self):
@@ -361,6 +416,8 @@ def main(args):
     shape = common.TINY if args["QUICK"] else common.GENESIS
     names = ("COMMUNICATE", "ACTIVATION_CHECKPOINTING", "TOKENS_PER_MICRO_BATCH")
     chosen = {name: args[name] for name in names}
+    if args["COMPILED"]:
+        compiled()
     record = count(transformers.LlamaConfig(**shape), args["STEPS"], traced_ranks=(0, 1), **chosen)
     if args["RECORD"]:
         with open(args["RECORD"], "w") as file:
