@@ -172,13 +172,14 @@ def comparison(size, rows):
     plan, speeds = first.get("plan"), (link.get("gather_gb_per_s"), link.get("reduce_gb_per_s"))
     slower = min((speed for speed in speeds if speed), default=None)
     bound = attempt("the bound by count", lambda: {"mfu": bound_by_count(size, slower)})
-    gib = plan.total / memory_plan.GIB if plan else None
+    reserved = plan.total / memory_plan.GIB if plan else None
+    allocated = (plan.total - plan.gaps) / memory_plan.GIB if plan else None
     copy = (plan.masters + plan.moments) / 1e9 / COPY_GB_PER_SECOND if plan else None
     planned = {
         "tokens/s": (float(sft_v1.EXPECTED_TOKENS_PER_SECOND), first.get("tokens_per_s"), ",.0f"),
         "MFU": (bound.get("mfu"), first.get("mfu"), ".1%"),
-        "allocated on a card, GiB": (gib, first.get("allocated_gib"), ".1f"),
-        "reserved on a card, GiB": (gib, first.get("reserved_gib"), ".1f"),
+        "allocated on a card, GiB": (allocated, first.get("allocated_gib"), ".1f"),
+        "reserved on a card, GiB": (reserved, first.get("reserved_gib"), ".1f"),
         "gather, GB/s": ("6 to 22", speeds[0], ".2f"),
         "reduction, GB/s": ("6 to 22", speeds[1], ".2f"),
         "a save stops training, s": (copy, saving.get("stall_s"), ".2f"),
