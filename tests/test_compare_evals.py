@@ -470,8 +470,8 @@ def test_other_seeds_stand_side_by_side(tmp_path, compare):
     write_pair(tmp_path, {"mine": {"acc": share(10, 40)}}, {"mine": {"acc": share(30, 40)}})
     write_run(tmp_path / "eval-results/seed43", {"mine": {"acc": share(12, 40)}})
     lines = cells(compare(OTHER_SEEDS=("eval-results/seed43",)))
-    assert lines[-3] == ["Task", "Metric", "after", "seed43", "Verdicts"]
-    assert lines[-1] == ["mine", "acc", "+0.5000", "+0.0500", "better, no difference seen"]
+    assert lines[-3] == ["Task", "Metric", "after", "seed43", "Spread over seeds", "Paired SE", "Verdicts"]
+    assert lines[-1] == ["mine", "acc", "+0.5000", "+0.0500", "0.3182", "0.0801", "better, no difference seen"]
 
 
 # ==== Bad input ====
