@@ -86,9 +86,10 @@ def is_own_file(path):
 def read_losses(checkpoint_dir, step):
     """Return a dict of the losses up to `step` in metrics.jsonl: `last_training`, `first_` and `last_validation`.
 
-    A loss that the file doesn't have is None.
+    `first_bits_per_byte` and `last_bits_per_byte` are those of the validation. What the file doesn't have is None.
     """
-    losses = {"last_training": None, "first_validation": None, "last_validation": None}
+    names = ("last_training", "first_validation", "last_validation", "first_bits_per_byte", "last_bits_per_byte")
+    losses = dict.fromkeys(names)
     path = checkpoint_dir / "metrics.jsonl"
     if not path.is_file():
         return losses
@@ -103,8 +104,10 @@ def read_losses(checkpoint_dir, step):
             losses["last_training"] = line["loss"]
         if line.get("validation_loss") is not None:
             losses["last_validation"] = line["validation_loss"]
+            losses["last_bits_per_byte"] = line.get("validation_bits_per_byte")
             if losses["first_validation"] is None:
                 losses["first_validation"] = line["validation_loss"]
+                losses["first_bits_per_byte"] = line.get("validation_bits_per_byte")
     return losses
 
 
@@ -209,6 +212,9 @@ def recipe_section(training):
         lines.append(
             f"- validation loss: {losses['first_validation']:.4f} at first, {losses['last_validation']:.4f} at last"
         )
+    first, last = (losses.get(f"{when}_bits_per_byte") for when in ("first", "last"))
+    if None not in (first, last):
+        lines.append(f"- in bits per byte of the text: {first:.4f} at first, {last:.4f} at last")
     versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 
