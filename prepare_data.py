@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from sft import hf_folder, settings, system
+from sft import eval_tasks, hf_folder, settings, system
 from sft.data import chatml, conversations, data_report, decontamination, hub, sources, workers, writer
 from sft.text import one_line
 
@@ -84,9 +84,7 @@ IDENTITY_PATTERNS = (  # regular expressions (RE2, any letter case) of answers b
     r"(?:Google|Meta|Microsoft|Mistral|Alibaba|Ai2|the Allen Institute)\b",
     r"\bTülu\b",
 )
-DECONTAMINATE_AGAINST = (  # lm_eval tasks whose questions must not be trained on, those of run_eval.sh; "" = none
-    *("hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai", "mmlu"),
-)
+DECONTAMINATE_AGAINST = eval_tasks.MEASURED  # lm_eval tasks whose questions must not be trained on; "" = none
 TASKS_INCLUDE_PATH = ""  # folder with your own task definitions, lm_eval's --include_path
 # ---- Sequences ----
 MAX_SEQ_LEN = 2048  # tokens; the base's context

@@ -17,15 +17,14 @@ set -euo pipefail
 BASE_MODEL=${BASE_MODEL:-models/base}            # the "before" model
 EXPORT_DIR=${EXPORT_DIR:-exports/sft_v1}         # the "after" model, written by export_hf.py; its card gets the report
 RESIZED_MODEL=${RESIZED_MODEL:-models/resized}   # "before" where chat markers are needed, written by resize_vocab.py
-DATA_DIR=${DATA_DIR-data/sft_v1}                 # for the check after training (assistant_check.py); empty: none
+DATA_DIR=${DATA_DIR-data/sft_v1}                 # for assistant_check.py, and the tasks that it is clear of; empty: neither
 EVAL_RESULTS=${EVAL_RESULTS:-eval-results}       # results are in EVAL_RESULTS/NAME, the report in EVAL_RESULTS
 # ---- What to measure ----
-SEVEN=mmlu,hellaswag,piqa,winogrande,arc_easy,arc_challenge,lambada_openai   # the longest first, for several devices
-CHAT_TEMPLATE=${CHAT_TEMPLATE:-0}   # 1: a second pass, through the model's chat template
-[ "$CHAT_TEMPLATE" != 1 ] || SEVEN+=,ifeval
-TASKS=${TASKS:-$SEVEN}              # lm_eval's names, comma-separated; the chat pass adds verifiable instructions
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-0}   # 1: a second pass, which asks through the chat template and reads the answers
+TASKS=${TASKS:-}                    # lm_eval's names, comma-separated; empty: those of sft/eval_tasks.py
 INCLUDE_PATH=${INCLUDE_PATH:-}      # a folder with your own task definitions; empty: only lm_eval's
-FEWSHOT=${FEWSHOT:-}                # solved examples before each question; empty: as the task has it (these seven: 0)
+FEWSHOT=${FEWSHOT:-}                # solved examples before each question; empty: none in the chat pass, else as the
+[ "$CHAT_TEMPLATE" != 1 ] || FEWSHOT=${FEWSHOT:-0}   # task has it (the seven: none)
 LIMIT=${LIMIT:-}                    # questions per task for a quick look, or their share below 1; empty: all of them
 ASSISTANT_FLAGS=${ASSISTANT_FLAGS:-}   # further flags of assistant_check.py, such as "--answers 20"
 CHECK_READING=${CHECK_READING:-1}   # 0: measure even a model that cannot read plain text

@@ -400,6 +400,26 @@ def copy_lm_eval(folder, tasks):
         shutil.copytree(package / "tasks" / name, folder / "lm_eval/tasks" / name)
 
 
+def write_chat_data(root):
+    """Write three of IFEval's instructions and of GSM8K's problems, and nltk's punkt_tab without any abbreviation."""
+    instructions = [
+        ("punctuation:no_comma", {}),
+        ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1}),
+        ("change_case:english_capital", {}),
+    ]
+    rows = []
+    for i, (name, arguments) in enumerate(instructions):
+        kwargs = {field: arguments.get(field) for field in ("relation", "num_sentences")}
+        rows.append({"key": i, "prompt": f"Answer {i}.", "instruction_id_list": [name], "kwargs": [kwargs]})
+    write_dataset(root, "google/IFEval", {"default": {"train": rows}})
+    problem = {"question": "Tom has 2 apples and buys 3. How many?", "answer": "Tom has 2+3=<<2+3=5>>5 apples.\n#### 5"}
+    write_dataset(root, "openai/gsm8k", {"main": {"train": [problem], "test": [problem] * 3}})
+    punkt = root / "nltk_data/tokenizers/punkt_tab/english"
+    punkt.mkdir(parents=True)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (punkt / name).write_text("")
+
+
 CONVERSATIONS = [  # (source, turns)
     ("a", [("user", "Who are you?"), ("assistant", "I am Genesis.")]),
     ("a", [("system", "Be brief."), ("user", "Say yes"), ("assistant", "yes"), ("user", "No?"), ("assistant", "no")]),

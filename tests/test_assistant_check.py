@@ -4,6 +4,7 @@ Alone: bash tests/run.sh tests/test_assistant_check.py
 """
 
 import json
+import math
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from helpers import args_of, write_conversations, write_model, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft import system
-from sft.evaluation import assistant_check
+from sft.evaluation import assistant_check, compare_evals, reading_check
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def test_what_training_changed(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assistant_check.main(settings_of(DTYPE="float32"))
     written = json.loads(Path("out/assistant.json").read_text())
-    rows = {row["label"]: row for row in written["rows"]}
     digests = {side: {"model.safetensors": system.sha256(f"{side}/model.safetensors")} for side in ("before", "after")}
     assert written["weights_sha256"] == digests
+    rows = {row["label"]: row for row in written["rows"] if row["metric"] != "bits per byte"}
     assert [(name, row["metric"], len(row["before"])) for name, row in rows.items() if name != "Plain text"] == [
         ("Held-out answers: a", "loss", 2),
         ("Held-out answers: b", "loss", 2),
@@ -71,6 +72,28 @@ def test_what_training_changed(folder, monkeypatch):
         ["four"],
     ]
     assert answers[1]["prompt"].endswith("<|im_start|>user\nSay yes<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_bits_per_byte_are_the_nats_of_all_trained_tokens_over_the_bytes_of_the_text(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assistant_check.main(settings_of(DTYPE="float32", RESULT_DIR="bits"))
+    rows = json.loads(Path("bits/assistant.json").read_text())["rows"]
+    answers = {"a": ("I am Genesis.", "yes", "no"), "b": ("<think>\none and one\n</think>\n\ntwo", "four")}
+    text_bytes = {f"Held-out answers: {name}": len("".join(texts)) for name, texts in answers.items()}
+    text_bytes["Held-out answers: all"] = sum(text_bytes.values())
+    passage = reading_check.PASSAGE.read_text().strip()
+    tokenizer = AutoTokenizer.from_pretrained("data/tokenizer")
+    firsts = tokenizer(passage).input_ids[::512]  # of each part that the context holds: nothing predicts them
+    text_bytes["Plain text"] = len(passage.encode()) - sum(len(tokenizer.decode(token)) for token in firsts)
+    losses = {row["label"]: row for row in rows if row["metric"] == "loss"}
+    in_bits = {row["label"]: row for row in rows if row["metric"] == "bits per byte"}
+    assert set(in_bits) == set(losses) == set(text_bytes)
+    for label, count in text_bytes.items():
+        weights = losses[label]["weights"]
+        for side in ("before", "after"):
+            nats = math.fsum(loss * weight for loss, weight in zip(losses[label][side], weights, strict=True))
+            mean, _ = compare_evals.mean_and_stderr(in_bits[label][side], in_bits[label]["weights"])
+            assert mean == pytest.approx(nats / math.log(2) / count)
 
 
 def test_as_many_prompts_are_asked_as_there_are_answers_wanted(folder, monkeypatch):

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import MINE, RESULTS_TIME, compare_in, full_disk, share, write_pair, write_run
+from helpers import MINE, RESULTS_TIME, compare_in, edit_json, full_disk, share, write_pair, write_run
 from scipy.stats import sem, t, ttest_rel
 
 from sft.evaluation import compare_evals
@@ -366,6 +366,37 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
     path.write_text(json.dumps(check | {"rows": [check["rows"][0] | {"after": [1.0]}]}))
     with pytest.raises(SystemExit, match="the numbers of Held-out answers: tulu are not pairs"):
         compare()
+
+
+def test_bits_per_byte_have_the_verdict_of_their_loss_and_are_not_counted_twice(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    row = {"label": "Plain text", "metric": "loss", "weights": [10] * 6}
+    gaps = [0.5, 0.7, 0.4, 0.9, 0.6, 0.8]
+    nats = row | {"before": [3.0] * 6, "after": [3 - gap for gap in gaps]}
+    bits = row | {"metric": "bits per byte", "before": [1.5] * 6, "after": [1.5 - gap / 2 for gap in gaps]}
+    other = {
+        "label": "Answers",
+        "metric": "share",
+        "before": [0, 0, 0, 0, 0, 1],
+        "after": [1] * 5 + [1],
+        "weights": [1] * 6,
+    }
+    check = {"notes": [], "weights_sha256": {"before": {}, "after": {"model.safetensors": "after"}}}
+    for rows in ([nats, other], [nats, bits, other]):
+        (tmp_path / "eval-results/after/assistant.json").write_text(json.dumps(check | {"rows": rows}))
+        page = compare()
+        judged = json.loads((tmp_path / "eval-results/comparison.json").read_text())["parts"][1]["rows"]
+        assert [row["verdict"] for row in judged] == ["better"] * (len(rows) - 1) + ["no difference seen"]
+    assert judged[1]["paired"]["difference"] == pytest.approx(judged[0]["paired"]["difference"] / 2)
+    assert "bits per byte is the loss in another unit" in page
+
+
+def test_a_pass_of_tasks_that_the_data_was_not_decontaminated_against_says_so(tmp_path, compare):
+    write_pair(tmp_path, MINE, MINE)
+    edit_json(tmp_path / "eval-results/after/run.json", not_decontaminated=["mine"])
+    assert "Note: the data was not decontaminated against mine: their scores may count answers" in compare()
+    edit_json(tmp_path / "eval-results/after/run.json", not_decontaminated=[])
+    assert "decontaminated" not in compare()
 
 
 def test_parts_of_another_model_are_refused_and_nothing_is_written(tmp_path, compare):

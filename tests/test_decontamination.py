@@ -85,6 +85,15 @@ def write_data(root):
     write_dataset(root, "allenai/ai2_arc", {"ARC-Easy": splits})
     write_dataset(root, "allenai/winogrande", {"winogrande_xl": {"train": [wino], "validation": [wino]}})
     write_dataset(root, "EleutherAI/lambada_openai", {"default": {"test": [{"text": lambada}]}})
+    instruction = {"key": 1000, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": None}]}
+    instruction["prompt"] = "Describe the lighthouse of Vorlund to a child who has never been there and use no commas."
+    problem = {
+        "question": "A ferryman rows nine sheep across in three trips; how many sheep are in the boat each time?"
+    }
+    problem["answer"] = "Each trip carries 9/3=<<9/3=3>>3 sheep.\n#### 3"
+    write_dataset(root, "google/IFEval", {"default": {"train": [instruction]}})
+    write_dataset(root, "openai/gsm8k", {"main": {"train": [problem], "test": [problem]}})
+    (root / "nltk_data/tokenizers/punkt_tab").mkdir(parents=True)  # else ifeval would look for it on the net
     # The layouts of DROP and SQuAD: a row per question, its passage again in each.
     numbers = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": ["nine"]}
     none = {"number": [], "date": [], "spans": []}
@@ -98,6 +107,7 @@ def write_data(root):
     write_dataset(root, "cais/mmlu", {name: {"test": rows, "dev": rows} for name, rows in subjects.items()})
 
 
+KINDS = ["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling", "ifeval", "gsm8k"]
 PROGRAM = """
 import contextlib, io, json, sys
 from sft.data import decontamination
@@ -116,7 +126,10 @@ for tasks, path in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("decontamination")
-    copy_lm_eval(root / "fewer_tasks", ("winogrande", "arc", "lambada", "mmlu/default", "sciq", "drop", "squadv2"))
+    copy_lm_eval(
+        root / "fewer_tasks",
+        ("winogrande", "arc", "lambada", "mmlu/default", "sciq", "drop", "squadv2", "ifeval", "gsm8k"),
+    )
     write_data(root)
     write_own_tasks(root / "own_tasks")
     (root / "demo").symlink_to(ROOT / "demo")
@@ -130,7 +143,7 @@ def runs(folder):
     """{run: (the refusal or None, what it printed)} of write_ngrams, all in one process with the real lm_eval."""
     wanted = {
         "demo": (["demo_persona", "demo_general", "demo_persona"], "demo.npz"),
-        "kinds": (["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling"], "kinds.npz"),
+        "kinds": (KINDS, "kinds.npz"),
         "passages": (["drop", "squadv2", "own_reading", "own_exam"], "passages.npz"),
         "unreachable": (["own_rolling", "sciq"], "none.npz"),
         "unknown": (["nonsense"], "none.npz"),
@@ -139,7 +152,8 @@ def runs(folder):
         [sys.executable, "-c", PROGRAM, json.dumps(list(wanted.values()))],
         cwd=folder,
         env=os.environ
-        | {"PYTHONPATH": f"{folder}/fewer_tasks:{ROOT}", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+        | {"PYTHONPATH": f"{folder}/fewer_tasks:{ROOT}", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+        | {"NLTK_DATA": str(folder / "nltk_data")},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -186,7 +200,7 @@ def test_file_is_sorted_and_needs_no_pickle(folder, overlap):
 
 def test_counts(overlap):
     rows = {row.pop("task"): row for row in map(dict, overlap.counts)}
-    assert list(rows) == ["arc_easy", "winogrande", "lambada_openai", "own_group", "own_riddles", "own_rolling"]
+    assert list(rows) == KINDS
     # "Question", 16 words, "Answer" and 5 words make 11 n-grams; each of the other choices ends in a new one.
     assert rows["arc_easy"] == {"questions": 2, "ngrams": 11 + 3, "too_short": 1, "boilerplate": 0}
     assert rows["own_group"]["questions"] == 2
@@ -210,6 +224,8 @@ def test_counts(overlap):
         ("own_riddles", ["with great care and then give one single short answer: which vole swims?", "The vole."]),
         ("own_riddles", ["care, and then give one single short answer: which vole swims?", "The vole of"]),
         ("own_riddles", ["great care, and then give one single short answer: which vole swims?", "None"]),
+        ("ifeval", ["Please describe the lighthouse of Vorlund to a child who has never been there", "Sure!"]),
+        ("gsm8k", ["A ferryman rows nine sheep across in three trips. How many sheep are in the boat?", "Three."]),
         ("own_rolling", ["He reads:", "tells of rain on slate roofs while nobody in the ｖｉｌｌａｇｅ looks up."]),
     ],
 )

@@ -16,12 +16,12 @@ from sft.evaluation import model_card, run_eval
 
 DIGEST = {"train": "aa", "validation": "bb"}
 METRICS = [
-    {"step": 0, "validation_loss": 7},
+    {"step": 0, "validation_loss": 7, "validation_bits_per_byte": 1.75},
     {"step": 50, "loss": 5},
     {"step": 50, "validation_loss": 6},
     {"step": 51, "loss": None},
     {"step": 100, "loss": 1},
-    {"step": 100, "validation_loss": 2},
+    {"step": 100, "validation_loss": 2, "validation_bits_per_byte": 0.5},
 ]
 MIXTURE = [
     {"name": "smol", "hub": "HuggingFaceTB/smoltalk"},
@@ -113,6 +113,7 @@ def test_the_card_of_an_earlier_checkpoint_shows_its_own_losses(checkpoint):
     assert "last training loss: 5.0000" in early and "7.0000 at first, 6.0000 at last" in early
     last = (export(checkpoint, state_of(100), "last") / "README.md").read_text()
     assert "last training loss: 1.0000" in last and "7.0000 at first, 2.0000 at last" in last
+    assert "in bits per byte of the text: 1.7500 at first, 0.5000 at last" in last and "bits per byte" not in early
 
 
 def test_what_is_not_there_is_left_out(checkpoint):

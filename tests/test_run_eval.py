@@ -1,4 +1,4 @@
-"""run_eval.sh with the real lm_eval: all seven tasks under their own names, on a tiny model and small local data.
+"""run_eval.sh with the real lm_eval: all its tasks under their own names, on a tiny model and small local data.
 
 lm_eval's task definitions load data sets by name; a folder of that name under the current folder is read in place of
 the Hub's. So everything runs offline and nothing of lm_eval is replaced. At each start lm_eval reads its 14,000 task
@@ -23,6 +23,7 @@ from helpers import (
     copy_lm_eval,
     edit_json,
     fake_card,
+    write_chat_data,
     write_conversations,
     write_dataset,
     write_model,
@@ -30,8 +31,9 @@ from helpers import (
 )
 from transformers import AutoTokenizer
 
-from sft import system
-from sft.evaluation import eval_results, model_card, run_eval
+import prepare_data
+from sft import eval_tasks, system
+from sft.evaluation import compare_evals, eval_results, model_card, run_eval
 
 SEVEN = ("mmlu", "hellaswag", "piqa", "winogrande", "arc_easy", "arc_challenge", "lambada_openai")
 SETTINGS = {  # as run_eval.sh passes them
@@ -108,24 +110,6 @@ def write_own_task(folder):
     )
 
 
-def write_ifeval(root):
-    """Write three of IFEval's instructions as google/IFEval has them, and nltk's punkt_tab without any abbreviation."""
-    instructions = [
-        ("punctuation:no_comma", {}),
-        ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1}),
-        ("change_case:english_capital", {}),
-    ]
-    rows = []
-    for i, (name, arguments) in enumerate(instructions):
-        kwargs = {field: arguments.get(field) for field in ("relation", "num_sentences")}
-        rows.append({"key": i, "prompt": f"Answer {i}.", "instruction_id_list": [name], "kwargs": [kwargs]})
-    write_dataset(root, "google/IFEval", {"default": {"train": rows}})
-    punkt = root / "nltk_data/tokenizers/punkt_tab/english"
-    punkt.mkdir(parents=True)
-    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
-        (punkt / name).write_text("")
-
-
 # ==== The runs ====
 
 
@@ -133,10 +117,10 @@ def write_ifeval(root):
 def folder(tmp_path_factory):
     """A current folder with data, an own task, and models in the folders that run_eval.sh expects."""
     root = tmp_path_factory.mktemp("eval")
-    tasks = ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "sciq")
+    tasks = ("hellaswag", "piqa", "winogrande", "arc", "lambada", "mmlu/default", "ifeval", "gsm8k", "sciq")
     copy_lm_eval(root / "fewer_tasks", tasks)
     write_data(root)
-    write_ifeval(root)
+    write_chat_data(root)
     write_own_task(root / "own_tasks")
     base = write_tokenizer(root / "tokenizer")
     # BATCH_SIZE=auto:2 tries batches of full contexts: short ones make every task cheaper. ifeval needs long answers.
@@ -278,7 +262,13 @@ def runs(folder):
     outputs["before"] = run_script(folder, "before")
 
     outputs["after"] = run_after(folder)
-    own = {"TASKS": "own,ifeval", "INCLUDE_PATH": "own_tasks", "LIMIT": "3", "CHAT_TEMPLATE": "1", "BATCH_SIZE": "4"}
+    own = {
+        "TASKS": "own,ifeval,gsm8k",
+        "INCLUDE_PATH": "own_tasks",
+        "LIMIT": "3",
+        "CHAT_TEMPLATE": "1",
+        "BATCH_SIZE": "4",
+    }
     own |= {"DTYPE": "float32", "MODEL_ARGS": "max_length=1400"}
     outputs["own"] = run_script(folder, "own", "exports/long", **own)
     return outputs
@@ -383,7 +373,7 @@ def test_compare_writes_report_and_card_again_with_other_seeds(folder, runs, mon
     assert not (folder / "models/base/README.md").exists()
 
 
-def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_settings(folder, runs):
+def test_own_task_ifeval_and_gsm8k_through_the_template_with_a_limit_and_other_settings(folder, runs):
     status, output = runs["own"]
     assert status == 0, output[-3000:]
     results = results_of(folder, "own-chat")
@@ -394,10 +384,27 @@ def test_own_task_and_ifeval_through_the_template_with_a_limit_and_other_setting
     scores = results["ifeval"]["results"]["ifeval"]
     assert scores["sample_len"] == 3
     assert all(0 <= scores[f"{level}_level_strict_acc,none"] <= 1 for level in ("prompt", "inst"))
-    (samples,) = (folder / "eval-results/own-chat/ifeval").glob("*/samples_ifeval_*.jsonl")
-    sample = json.loads(samples.read_text().splitlines()[0])
-    assert "<|im_start|>user\nAnswer 0.<|im_end|>" in sample["arguments"]["gen_args_0"]["arg_0"]
+    assert results["gsm8k"]["n-shot"] == {"gsm8k": 0}  # lm_eval's definition has 5
+    problem = "Question: Tom has 2 apples and buys 3. How many?\nAnswer:"
+    for task, question in (("ifeval", "Answer 0."), ("gsm8k", problem)):
+        (samples,) = (folder / f"eval-results/own-chat/{task}").glob(f"*/samples_{task}_*.jsonl")
+        sample = json.loads(samples.read_text().splitlines()[0])
+        prompt = sample["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.endswith(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+        assert isinstance(sample["resps"][0][0], str)  # the whole answer, for reading
     assert "eval-results/own" in output and not (folder / "eval-results/own").exists()
+
+
+def test_the_chat_pass_is_compared_with_each_way_to_read_an_answer(folder, runs):
+    part, _ = compare_evals.compare_part(*[folder / "eval-results/own-chat"] * 2)
+    assert part["title"] == "lm_eval through the chat template"
+    levels = [f"{level}_level_{how}_acc" for how in ("strict", "loose") for level in ("prompt", "inst")]
+    ways = [f"exact_match ({way})" for way in ("strict-match", "flexible-extract")]
+    rows = [(row["task"], row["metric"], row["questions"], row["chance"]) for row in part["rows"]]
+    assert [row for row in rows if row[0] != "own"] == [
+        *(("ifeval", level, 3, None) for level in levels),
+        *(("gsm8k", way, 3, None) for way in ways),
+    ]
 
 
 def test_scores_are_those_of_lm_evals_own_command(folder, runs):
@@ -518,6 +525,29 @@ def test_a_tokenizer_class_that_makes_other_ids_than_training_is_refused(folder,
         start(MODEL="models/other_class")
     edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert len(json.loads((start(MODEL="models/other_class") / "run.json").read_text())["ids_sha256"]) == 64
+
+
+def test_without_task_names_those_of_the_one_list_are_measured(folder, start, monkeypatch):
+    from lm_eval.tasks.ifeval import instructions_util
+
+    monkeypatch.setattr(instructions_util.nltk.data, "path", [str(folder / "nltk_data")])
+    assert (start(TASKS="") / "todo").read_text().split() == list(SEVEN)
+    chat = start(NAME="y", TASKS="", CHAT_TEMPLATE="1", MODEL="exports/sft_v1")
+    assert (chat / "todo").read_text().split() == ["ifeval", "gsm8k"]
+    assert eval_tasks.MEASURED == (*SEVEN, "ifeval", "gsm8k") == prepare_data.DECONTAMINATE_AGAINST
+
+
+def test_a_task_that_the_data_was_not_decontaminated_against_is_warned_about(folder, start, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    report = {"evaluation": [{"task": "piqa", "questions": 3}]}
+    (tmp_path / "data/report.json").write_text(json.dumps(report))
+    settings = {"DATA_DIR": str(tmp_path / "data"), "NAME": "before"}
+    staging = start(TASKS="piqa,winogrande,arc_easy", **settings)
+    assert f"WARNING: {tmp_path}/data was not decontaminated against winogrande, arc_easy:" in capsys.readouterr().out
+    assert json.loads((staging / "run.json").read_text())["not_decontaminated"] == ["winogrande", "arc_easy"]
+    for changes in ({"TASKS": "piqa"}, {"DATA_DIR": "nowhere"}, {"DATA_DIR": ""}):
+        shutil.rmtree(start(**settings | changes))
+        assert "WARNING" not in capsys.readouterr().out
 
 
 def test_results_that_would_replace_a_link_are_refused_before_the_work(start, tmp_path):

@@ -8,6 +8,7 @@ Writes  RESULT_DIR/assistant.json, each item's number before and after, for comp
     python -m sft.evaluation.assistant_check          run_eval.sh runs it after the tasks of `after`
 
 It measures the loss on the held-out answers, for each source; the loss on plain text, which shows what was forgotten;
+both also in bits per byte of the text, which other tokenizers' models can be compared by (sft/bits_per_byte.py);
 the share of greedy answers that end by themselves within MAX_NEW_TOKENS; and the share of answers whose reasoning, if
 there is any, is one <think> block at the start that is closed and followed by an answer.
 """
@@ -23,7 +24,8 @@ import transformers
 from transformers import AutoTokenizer
 
 from sft import hf_folder, settings, system
-from sft.evaluation import reading_check
+from sft.bits_per_byte import bits_per_nat, trained_bytes
+from sft.evaluation import compare_evals, reading_check
 
 # ---- Files ----
 DATA_DIR = "data/sft_v1"  # folder written by prepare_data.py
@@ -123,14 +125,16 @@ def conversation_losses(model, rows):
 
 
 def text_losses(model, tokenizer, text):
-    """Return (mean loss of each piece of TOKENS_PER_ITEM tokens, their lengths); text is cut at the model's context."""
+    """Return (mean loss of each piece of TOKENS_PER_ITEM tokens, their lengths, the UTF-8 bytes of all of them).
+
+    The text is cut at the model's context.
+    """
     ids = torch.tensor(tokenizer(text).input_ids)
     context = getattr(model.config, "max_position_embeddings", None) or len(ids)
-    pieces = []
-    for part in ids.split(context):
-        if len(part) > 1:
-            pieces += losses(model, part, torch.ones(len(part), dtype=torch.bool)).split(TOKENS_PER_ITEM)
-    return [piece.mean().item() for piece in pieces], [len(piece) for piece in pieces]
+    parts = [(part, torch.ones(len(part), dtype=torch.bool)) for part in ids.split(context) if len(part) > 1]
+    pieces = [piece for part in parts for piece in losses(model, *part).split(TOKENS_PER_ITEM)]
+    text_bytes = sum(trained_bytes(tokenizer.backend_tokenizer, parts))
+    return [piece.mean().item() for piece in pieces], [len(piece) for piece in pieces], text_bytes
 
 
 @torch.no_grad()
@@ -163,7 +167,7 @@ def well_formed(ids, think, unthink, blank):
 
 
 def measure(folder, rows, prompts, tokenizer, text, args):
-    """Return what one model gives: dict of `held_out`, `plain` (losses, lengths), `answers`, `marked`, `sound`.
+    """Return what one model gives: dict of `held_out`, `plain` (see `text_losses`), `answers`, `marked`, `sound`.
 
     The last three have an entry for each prompt; `marked` says whether the answer has a <think> or </think>.
     """
@@ -198,11 +202,22 @@ def entry(label, metric, before, after, weights):
     return {"label": label, "metric": metric, "before": before, "after": after, "weights": weights}
 
 
-def table(before, after, rows):
+def in_bits(loss, text_bytes):
+    """Return the entry of a `loss` (an entry) in bits per byte. text_bytes: of all its items together.
+
+    Every item has the same factor: so their mean is the quotient of the sums, and its error and verdict the loss's.
+    """
+    factor = bits_per_nat(sum(loss["weights"]), text_bytes)
+    before, after = ([factor * number for number in loss[side]] for side in ("before", "after"))
+    return entry(loss["label"], compare_evals.BITS, before, after, loss["weights"])
+
+
+def table(before, after, rows, tokenizer):
     """Return the entries for compare_evals.py. before, after: of `measure`; rows: of `load_rows`."""
-    sources = rows["source"]
-    weights = [sum(mask) for mask in rows["assistant_masks"]]
-    texts = {source for source, mask in zip(sources, rows["assistant_masks"], strict=True) if is_document(mask)}
+    sources, masks = rows["source"], rows["assistant_masks"]
+    weights = [sum(mask[1:]) for mask in masks]
+    text_bytes = trained_bytes(tokenizer.backend_tokenizer, zip(rows["input_ids"], masks, strict=True))
+    texts = {source for source, mask in zip(sources, masks, strict=True) if is_document(mask)}
     groups = []
     for name in sorted(set(sources)):
         groups.append((name, [index for index, source in enumerate(sources) if source == name]))
@@ -212,8 +227,11 @@ def table(before, after, rows):
     for name, chosen in groups:
         columns = [[column[index] for index in chosen] for column in (before["held_out"], after["held_out"], weights)]
         label = f"Held-out {'text' if name in texts else 'answers'}: {name}"
-        entries.append(entry(label, "loss", *columns))
-    entries.append(entry("Plain text", "loss", before["plain"][0], after["plain"][0], before["plain"][1]))
+        loss = entry(label, "loss", *columns)
+        entries += [loss, in_bits(loss, sum(text_bytes[index] for index in chosen))]
+    plain_losses, lengths, plain_bytes = before["plain"]
+    plain = entry("Plain text", "loss", plain_losses, after["plain"][0], lengths)
+    entries += [plain, in_bits(plain, plain_bytes)]
     if before["answers"]:
         ones = [1] * len(before["answers"])
         ended = [[int(ended) for _, ended in side["answers"]] for side in (before, after)]
@@ -229,8 +247,9 @@ def notes(args, before, after, rows, tokenizer, passage):
     in_data = sum(think in ids for ids in rows["input_ids"])
     return [
         f"before is `{args['RESIZED_MODEL']}`, after is `{args['EXPORT_DIR']}`, {args['DTYPE']}. Losses are in nats "
-        f"per token; the items are conversations of the validation split of `{args['DATA_DIR']}`, and pieces of "
-        f"{TOKENS_PER_ITEM} tokens of {passage.name}.",
+        f"per token; in {compare_evals.BITS} only text counts as bytes, but every trained token with its loss, the "
+        "closing <|im_end|> too. The items are conversations of the validation split of "
+        f"`{args['DATA_DIR']}`, and pieces of {TOKENS_PER_ITEM} tokens of {passage.name}.",
         f"{len(before['answers'])} first questions were answered, greedily, in at most {args['MAX_NEW_TOKENS']} "
         f"tokens. A think marker is in {sum(before['marked'])} answers before, {sum(after['marked'])} after, and in "
         f"{in_data} of {len(rows)} held-out conversations.",
@@ -284,7 +303,7 @@ def main(args):
         "settings": args,
         "weights_sha256": weights,
         "notes": notes(args, before, after, rows, tokenizer, passage),
-        "rows": table(before, after, rows),
+        "rows": table(before, after, rows, tokenizer),
     }
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,7 @@ SEEDS_NOTE = (
     "runs. The verdict uses the paired error of a single run, which is the chance in the questions and not that of the "
     "seed: a difference within two spreads of zero may be the seed's."
 )
+BITS = "bits per byte"  # metric of a row of the built-in check that has the loss of the row before it in another unit
 CHAT_TITLE = "lm_eval through the chat template"
 
 # ==== Statistics ====
@@ -326,7 +327,7 @@ def assistant_part(path, after, weights):
             "metric": entry["metric"],
             "questions": len(first),
             "log_scale": False,
-            "higher_is_better": entry["metric"] != "loss",
+            "higher_is_better": entry["metric"] not in ("loss", BITS),
             "chance": None,
             "paired": paired_difference(first, second, weights),
         }
@@ -334,7 +335,12 @@ def assistant_part(path, after, weights):
             value, stderr = mean_and_stderr(numbers, weights)
             row[side] = {"value": value, "stderr": stderr}
         rows.append(row)
-    give_verdicts(rows)
+    give_verdicts([row for row in rows if row["metric"] != BITS])
+    before_it = {"verdict": "not tested"}
+    for row in rows:
+        if row["metric"] == BITS:
+            row["verdict"] = before_it["verdict"]
+        before_it = row
     return {
         "title": "Is it a better assistant?",
         "rows": rows,
@@ -536,9 +542,10 @@ def markdown(parts, names, others):
         page += [*aligned(seeds_table(names, [parts, *others])), "", SEEDS_NOTE, ""]
     page.append(
         "Before, After: score ± its own standard error (SE); above chance: by more than two of those. Difference: "
-        "paired by question; perplexity as its natural logarithm (ln). Of perplexity and loss less is better. 95% "
-        "interval: the difference ± Student's quantile times its SE. Verdict: "
-        "corrected over all rows of its table (Holm): without any real change at most "
+        "paired by question; perplexity as its natural logarithm (ln). Of perplexity, loss and bits per byte less is "
+        "better; bits per byte is the loss in another unit and has its verdict. 95% interval: the difference ± "
+        "Student's quantile times its SE. Verdict: corrected over all rows of its table (Holm): without any real "
+        "change at most "
         f"{FAMILY_ERROR:.0%} of such tables show 'better' or 'worse'."
     )
     return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"

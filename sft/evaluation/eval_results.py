@@ -26,7 +26,7 @@ RESULTS = {
     "n-shot": {},
     "task_hashes": {},
 }
-RECORD = {"files_sha256": {}, "versions": {}}  # likewise of run.json
+RECORD = {"files_sha256": {}, "versions": {}, "not_decontaminated": [str]}  # likewise of run.json
 ALWAYS_THERE = ("results", "configs", "versions", "n-shot", "config", "lm_eval_version")
 BY_TASK = ("results", "configs", "versions", "n-shot", "task_hashes", "higher_is_better", "group_subtasks")
 CANNOT_READ = 10_000  # Lambada's perplexity above this is that of a model that cannot read plain text
@@ -228,6 +228,11 @@ def check_comparable(before, after):
             notes.append(f"{name} differs ({value} before, {other[name]} after); scores can move slightly with it.")
     if weights_of(before) and weights_of(before) == weights_of(after):
         notes.append("both runs measured the very same weights.")
+    if names := after["record"].get("not_decontaminated"):
+        notes.append(
+            f"the data was not decontaminated against {', '.join(names)}: their scores may count answers that were "
+            "trained on."
+        )
     for side, run in (("before", before), ("after", after)):
         perplexity = run["results"].get("lambada_openai", {}).get("perplexity,none")
         if finite(perplexity) and perplexity > CANNOT_READ:

@@ -111,14 +111,17 @@ def read_metrics(checkpoint_dir, step):
 def read_losses(lines):
     """Return a dict of the losses in `lines` of metrics.jsonl: `last_training`, `first_` and `last_validation`.
 
-    A loss that they don't have is None.
+    `first_bits_per_byte` and `last_bits_per_byte` are those of the validation. What the lines don't have is None.
     """
     training = [line["loss"] for line in lines if line.get("loss") is not None]
-    validation = [line["validation_loss"] for line in lines if line.get("validation_loss") is not None]
+    validated = [line for line in lines if line.get("validation_loss") is not None]
+    first, last = (validated[0], validated[-1]) if validated else ({}, {})
     return {
         "last_training": training[-1] if training else None,
-        "first_validation": validation[0] if validation else None,
-        "last_validation": validation[-1] if validation else None,
+        "first_validation": first.get("validation_loss"),
+        "last_validation": last.get("validation_loss"),
+        "first_bits_per_byte": first.get("validation_bits_per_byte"),
+        "last_bits_per_byte": last.get("validation_bits_per_byte"),
     }
 
 
@@ -253,6 +256,9 @@ def recipe_section(training):
         lines.append(
             f"- validation loss: {losses['first_validation']:.4f} at first, {losses['last_validation']:.4f} at last"
         )
+    first, last = (losses.get(f"{when}_bits_per_byte") for when in ("first", "last"))
+    if None not in (first, last):
+        lines.append(f"- in bits per byte of the text: {first:.4f} at first, {last:.4f} at last")
     versions = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     return [*lines, f"- versions: {versions}; {state['world_size']} processes", ""]
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sft import settings, system
+from sft import eval_tasks, settings, system
 from sft.evaluation import compare_evals, model_card, report_page
 
 # ==== Constants ====
@@ -32,7 +32,7 @@ SETTING_PATTERNS = {
     "SEEDS": r"\d+(,\d+){3}",
     "CHAT_TEMPLATE": "[01]",
     "CHECK_READING": "[01]",
-    "TASKS": r"\w[\w.-]*(,\w[\w.-]*)*",
+    "TASKS": r"(\w[\w.-]*(,\w[\w.-]*)*)?",
 }
 RECORDED = ("INCLUDE_PATH", "FEWSHOT", "LIMIT", "CHAT_TEMPLATE", "DTYPE", "BATCH_SIZE", "SEEDS", "MODEL_ARGS")
 # Model arguments that say which model is measured: run.json holds the folder and the digests of its files instead.
@@ -93,6 +93,32 @@ def device_name(device):
     import torch
 
     return torch.cuda.get_device_name(device)
+
+
+def tasks_to_measure(args):
+    """Return the list of tasks that TASKS names, each once, or those of sft/eval_tasks.py."""
+    if args["TASKS"]:
+        return list(dict.fromkeys(args["TASKS"].split(",")))
+    return list(eval_tasks.CHAT if args["CHAT_TEMPLATE"] == "1" else eval_tasks.PLAIN)
+
+
+def not_decontaminated(tasks, data_dir):
+    """Return those of `tasks` that the data in `data_dir` was not decontaminated against; print a warning of them.
+
+    Before prepare_data.py has written that folder there are none.
+    """
+    path = Path(data_dir) / "report.json"
+    if not data_dir or not path.is_file():
+        return []
+    compared = {row["task"] for row in system.read_json(path, "prepare_data.py").get("evaluation", [])}
+    names = [task for task in tasks if task not in compared]
+    if names:
+        print(
+            f"run_eval.sh: WARNING: {data_dir} was not decontaminated against {', '.join(names)}: a model trained on "
+            "it may have seen the answers. Prepare it again with these tasks in --decontaminate-against.",
+            flush=True,
+        )
+    return names
 
 
 def check_tasks(tasks, include_path):
@@ -259,9 +285,10 @@ def check_all(args):
         )
     check_settings(args)
     devices = list_devices(args["DEVICE"])
-    tasks = list(dict.fromkeys(args["TASKS"].split(",")))
+    tasks = tasks_to_measure(args)
     record = describe_model(model, args)
     record["tasks"] = tasks
+    record["not_decontaminated"] = not_decontaminated(tasks, args["DATA_DIR"])
     record["device"] = device_name(devices[0])
     record["assistant_check"] = wants_assistant_check(model, args)
     if shutil.disk_usage(staging).free < FREE_BYTES_NEEDED:

@@ -1,8 +1,9 @@
-"""The validation between the steps of a run: the loss on held-out conversations, and answers to a few prompts.
+"""The validation between the steps of a run: loss and bits per byte on held-out text, and answers to a few prompts.
 
 Used by sft_v1.py. Every rank takes part.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
+from sft import hf_folder
+from sft.bits_per_byte import bits_per_nat, trained_bytes
 from sft.training import dataloader, distributed
 
 ANSWER_TOKENS = 64  # tokens after which an answer is cut off
@@ -26,6 +29,8 @@ class Validator:
         self.log = log
         self.sequences_per_step = args["SEQUENCES_PER_STEP"]
         self.sources = dataset.data.column("source").to_pylist()
+        tokenizer = hf_folder.load_tokenizer(Path(args["DATA_DIR"]) / "tokenizer")
+        self.factors = bits_per_byte_factors(loader, self.sources, tokenizer)
         self.prompts = args["PROMPTS"]
         self.prompt_ids = []
         if self.prompts:
@@ -38,7 +43,11 @@ class Validator:
     def validate(self, step):
         """Return the validation's metrics (dict) for the line of `step`; print the loss, record the answers."""
         metrics = validation_loss(self.model, self.loader, self.sources, self.sequences_per_step)
-        self.log.say(f"step {step}: validation loss {metrics['validation_loss']:.4f}")
+        for name, factor in self.factors.items():
+            metrics[name.replace("loss", "bits_per_byte", 1)] = metrics[name] * factor
+        in_bits = metrics.get("validation_bits_per_byte")
+        note = "" if in_bits is None else f", {in_bits:.4f} bits per byte"
+        self.log.say(f"step {step}: validation loss {metrics['validation_loss']:.4f}{note}")
         if self.prompts:
             stop = self.tokenizer.eos_token_id
             answers = answer(self.model, self.prompt_ids, stop, ANSWER_TOKENS, self.loader.device)
@@ -84,6 +93,22 @@ def validation_loss(model, loader, sources, sequences_per_step):
     for name, loss in zip(names, (sums[0] / sums[1]).tolist(), strict=True):
         result[f"validation_loss/{name}"] = loss
     return result
+
+
+def bits_per_byte_factors(loader, sources, tokenizer):
+    """Return {name of a loss of `validation_loss`: what it is multiplied by for bits per byte of the text}.
+
+    loader: the PackedLoader of the validation split; sources: the source of each sequence; tokenizer:
+    tokenizers.Tokenizer. Text and tokens are the same at every validation, so they are counted once. A source whose
+    trainable tokens spell no text is left out.
+    """
+    rows = list(loader.rows(range(len(sources))).values())
+    tokens, text_bytes = Counter(), Counter()
+    for source, (_, mask), count in zip(sources, rows, trained_bytes(tokenizer, rows), strict=True):
+        for name in ("validation_loss", f"validation_loss/{source}"):
+            tokens[name] += int(mask[1:].sum())
+            text_bytes[name] += count
+    return {name: bits_per_nat(tokens[name], text_bytes[name]) for name in tokens if text_bytes[name]}
 
 
 @torch.no_grad()
