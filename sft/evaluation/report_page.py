@@ -43,11 +43,11 @@ CURVES = (  # (label, the metrics' names, whether on a logarithmic scale)
 
 
 def headline(parts):
-    """Return {verdict: number of rows} over all parts of a comparison."""
+    """Return {verdict: number of rows} over all parts of a comparison; a loss in bits per byte is no further row."""
     counts = dict.fromkeys(("better", "no difference seen", "worse"), 0)
     for part in parts:
         for row in part["rows"]:
-            if row["verdict"] in counts:
+            if row["verdict"] in counts and row["metric"] != compare_evals.BITS:
                 counts[row["verdict"]] += 1
     return counts
 
