@@ -98,4 +98,4 @@ done
 say "5 Evaluation after, and the report"
 bash run_eval.sh after
 [ ${#others[@]} = 0 ] || bash run_eval.sh compare "${others[@]}"
-say "Done: the model and its card in $EXPORT_DIR, the report and its chart in $EVAL_RESULTS"
+say "Done: the model and its card in $EXPORT_DIR, the report: $EVAL_RESULTS/report.html"
