@@ -370,23 +370,18 @@ def test_built_in_check_has_its_table_with_weights(tmp_path, compare):
 
 def test_bits_per_byte_have_the_verdict_of_their_loss_and_are_not_counted_twice(tmp_path, compare):
     write_pair(tmp_path, MINE, MINE)
-    row = {"label": "Plain text", "metric": "loss", "weights": [10] * 6}
-    gaps = [0.5, 0.7, 0.4, 0.9, 0.6, 0.8]
-    nats = row | {"before": [3.0] * 6, "after": [3 - gap for gap in gaps]}
-    bits = row | {"metric": "bits per byte", "before": [1.5] * 6, "after": [1.5 - gap / 2 for gap in gaps]}
-    other = {
-        "label": "Answers",
-        "metric": "share",
-        "before": [0, 0, 0, 0, 0, 1],
-        "after": [1] * 5 + [1],
-        "weights": [1] * 6,
-    }
+    row = {"label": "Plain text", "metric": "loss", "weights": [10] * 7}
+    gaps = [1, -1, 2, 1, 3, 2, 1]  # p = 0.035
+    nats = row | {"before": [3.0] * 7, "after": [3 - gap for gap in gaps]}
+    bits = row | {"metric": "bits per byte", "before": [1.5] * 7, "after": [1.5 - gap / 2 for gap in gaps]}
+    other = {"label": "Answers", "metric": "share", "before": [0] * 9 + [1], "after": [1] * 9 + [0]}
+    other["weights"] = [1] * 10  # p = 0.021: enough for the first of two rows, not for that of three
     check = {"notes": [], "weights_sha256": {"before": {}, "after": {"model.safetensors": "after"}}}
     for rows in ([nats, other], [nats, bits, other]):
         (tmp_path / "eval-results/after/assistant.json").write_text(json.dumps(check | {"rows": rows}))
         page = compare()
         judged = json.loads((tmp_path / "eval-results/comparison.json").read_text())["parts"][1]["rows"]
-        assert [row["verdict"] for row in judged] == ["better"] * (len(rows) - 1) + ["no difference seen"]
+        assert [row["verdict"] for row in judged] == ["better"] * len(rows)
     assert judged[1]["paired"]["difference"] == pytest.approx(judged[0]["paired"]["difference"] / 2)
     assert "bits per byte is the loss in another unit" in page
 
