@@ -2,18 +2,22 @@
 
     python benchmarks/sweep.py                                         2% of an epoch of data/sft_v1 for each rate
     python benchmarks/sweep.py --learning-rates 1e-5 5e-5 --slice 0.05 --trainer-flags "--weight-decay 0.1"
-    python benchmarks/sweep.py --quick                                 two steps on a tiny random model, for a look
+    python benchmarks/sweep.py --quick                                 short runs of a tiny random model, for a look
 
 Every run sees the same sequences in the same steps; its schedule ends with the slice: a tenth of it is warm-up, then
-a cosine to a tenth of the rate. Writes SWEEP_DIR: a folder per rate without its checkpoints, which are large and only
-a by-product, and table.md.
+a cosine to a tenth of the rate. After it, its model is exported and asked LIMIT questions of each task of the chat
+pass, from the current folder, as run_eval.sh does; DEVICE, DTYPE and BATCH_SIZE in the environment are run_eval.sh's.
+Writes SWEEP_DIR: a folder per rate without its checkpoints and its export, which are large and only by-products,
+eval-results/ with the answers, and table.md.
 """
 
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import common
@@ -21,6 +25,7 @@ import datasets
 import torch
 
 from sft import settings, system
+from sft.evaluation import eval_results
 
 # ---- Sweep ----
 LEARNING_RATES = ("5e-6", "1e-5", "2e-5", "5e-5", "1e-4")  # peaks, one run each; docs/training.md has the reasons
@@ -30,14 +35,18 @@ RESIZED_MODEL = "models/resized"  # folder, from resize_vocab.py
 SWEEP_DIR = "checkpoints/sweep"  # folder to write; must be empty or missing
 PROCESSES = 0  # ranks of torchrun; 0 = one per GPU, or two without any
 SEQUENCES_PER_STEP = 32  # sequences
+LIMIT = 100  # questions of each task of the chat pass after a run; 0 = no chat pass
 TRAINER_FLAGS = ""  # further flags of sft_v1.py, as on a command line
-QUICK = False  # a tiny random model and random data
+QUICK = False  # a tiny random model and random data, without the chat pass
 
 # ==== Runs ====
 
+# The tasks of the chat pass, and the score of each that the table shows, by lm_eval's key.
+CHAT_SCORES = {"ifeval": "prompt_level_strict_acc,none", "gsm8k": "exact_match,flexible-extract"}
+
 
 def train(rate, steps, data, base, output):
-    """Train one run; return its row of the table, or the last words of one that failed."""
+    """Train one run; return its row of the table, or the last words of one that failed. Its checkpoints stay."""
     processes = PROCESSES or torch.cuda.device_count() or 2
     chosen = {"--data-dir": data, "--resized-model": base, "--checkpoint-dir": output, "--max-steps": steps}
     chosen |= {"--learning-rate": rate, "--min-learning-rate": float(rate) / 10, "--warmup-steps": steps // 10}
@@ -50,11 +59,31 @@ def train(rate, steps, data, base, output):
         raise SystemExit(f"The run did not start; the end of {log.name}:\n{Path(log.name).read_text()[-2000:]}")
     last = max(lines, key=lambda line: line["step"], default={})
     row = [rate, last.get("validation_loss") or "not finite", last.get("loss"), len(read(output / "skipped.jsonl"))]
-    for checkpoint in output.glob("step_*"):
-        shutil.rmtree(checkpoint)
     if failed or last.get("step") != steps:
         row[1] = f"failed after step {last.get('step', 0)} of {steps}, see {output.name}.log"
-    return [f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row]
+    return row
+
+
+def chat_pass(data, base, output):
+    """Export the run in `output` and measure it through its chat template; return a cell for each of CHAT_SCORES."""
+    export, results = output / "export", output.parent / "eval-results"
+    name = output.name.replace(".", "_")
+    folders = {"--checkpoint-dir": output, "--resized-model": base, "--export-dir": export}
+    device = {"DEVICE": "gpus" if torch.cuda.is_available() else "cpu"}
+    chosen = {"CHAT_TEMPLATE": "1", "LIMIT": str(LIMIT), "TASKS": ",".join(CHAT_SCORES), "EVAL_RESULTS": str(results)}
+    chosen |= {"DATA_DIR": str(data), "CHECK_READING": "0"}  # a rate that broke the model has its score, too
+    chosen["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = device | os.environ | chosen
+    to_export = [sys.executable, common.ROOT / "export_hf.py", *common.flags(folders)]
+    to_measure = ["bash", common.ROOT / "run_eval.sh", name, export]
+    with open(f"{output}.log", "a") as log:
+        failed = subprocess.run(to_export, env=environment, stdout=log, stderr=log).returncode
+        failed = failed or subprocess.run(to_measure, env=environment, stdout=log, stderr=log).returncode
+    shutil.rmtree(export, ignore_errors=True)
+    if failed:
+        return [f"failed, see {output.name}.log"] * len(CHAT_SCORES)
+    scores = eval_results.read_run(results / f"{name}-chat")["results"]
+    return [scores[task][key] for task, key in CHAT_SCORES.items()]
 
 
 def read(path):
@@ -62,20 +91,26 @@ def read(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def table(rows):
-    """Return the Markdown table of the runs so far."""
-    titles = ("learning rate", "validation loss at the end", "training loss of the last step", "skipped steps")
-    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] + ["---:"] * 3, *rows))
+def cell(value):
+    """Return a value of the table as it is shown."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def table(rows, tasks):
+    """Return the Markdown table of the runs so far. tasks: names of the chat pass's, a column each."""
+    titles = ["learning rate", "validation loss at the end", "training loss of the last step", "skipped steps", *tasks]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *(map(cell, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(args):
     """Run the sweep, print the table after each rate and the RESULT line of the lowest validation loss."""
     data, base, output = (Path(path).resolve() for path in (DATA_DIR, RESIZED_MODEL, SWEEP_DIR))
-    rates = LEARNING_RATES
+    rates, tasks = LEARNING_RATES, tuple(CHAT_SCORES) if LIMIT else ()
     if QUICK:
         shutil.rmtree(common.WORK / "sweep", ignore_errors=True)
         base, data = common.write_inputs(common.WORK / "sweep", common.TINY, [24] * 3200)
-        output, rates = common.WORK / "sweep" / "runs", ("1e-3", "1e-2")
+        output, rates, tasks = common.WORK / "sweep" / "runs", ("1e-3", "1e-2"), ()
     system.refuse_unless_empty(output, "--sweep-dir")
     try:
         sequences = len(datasets.load_from_disk(data)["train"])
@@ -88,11 +123,17 @@ def main(args):
     steps, rows = max(1, int(SLICE * sequences / SEQUENCES_PER_STEP)), []
     print(f"{len(rates)} runs of {steps:,} steps, {SLICE:.1%} of {sequences:,} sequences", flush=True)
     for rate in rates:
-        rows.append(train(rate, steps, data, base, output / f"learning_rate_{rate}"))
-        (output / "table.md").write_text(table(rows) + "\n")
-        print(f"\n{table(rows)}", flush=True)
-    best = min(rows, key=lambda row: float(row[1]) if row[1][0].isdigit() else math.inf)
-    common.result(learning_rate=best[0], validation_loss=best[1])
+        run = output / f"learning_rate_{rate}"
+        rows.append(train(rate, steps, data, base, run))
+        if tasks:
+            rows[-1] += chat_pass(data, base, run)
+        for checkpoint in run.glob("step_*"):
+            shutil.rmtree(checkpoint)
+        (output / "table.md").write_text(table(rows, tasks) + "\n")
+        print(f"\n{table(rows, tasks)}", flush=True)
+    best = min(rows, key=lambda row: row[1] if isinstance(row[1], float) else math.inf)
+    scores = zip(("validation_loss", *tasks), (best[1], *best[4:]), strict=True)
+    common.result(learning_rate=best[0], **{name: cell(score) for name, score in scores})
 
 
 if __name__ == "__main__":
