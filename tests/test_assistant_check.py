@@ -147,8 +147,12 @@ def test_held_out_plain_text_is_neither_a_prompt_nor_an_answer(folder):
         rows["source"].append("replay")
     prompts = assistant_check.pick_prompts(rows, tokenizer, 100, 10)
     assert len(prompts) == number
-    side = {"held_out": list(range(number + 2)), "plain": ([1.0], [1]), "answers": []}
-    entries = {entry["label"]: entry for entry in assistant_check.table(side, side, rows)}
+    side = {"held_out": list(range(number + 2)), "plain": ([1.0], [1], 4), "answers": []}
+    entries = {
+        entry["label"]: entry
+        for entry in assistant_check.table(side, side, rows, tokenizer)
+        if entry["metric"] == "loss"
+    }
     assert list(entries) == [
         *("Held-out answers: a", "Held-out answers: b", "Held-out text: replay", "Held-out answers: all", "Plain text"),
     ]
