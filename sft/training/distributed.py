@@ -30,6 +30,10 @@ CARD_SETTINGS = ("NCCL_P2P_DISABLE", "PYTORCH_ALLOC_CONF")  # environment that j
 # How torch and NCCL, cuBLAS, and torch on a CPU spell it. Only the first has a class of its own.
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
 
+# torch 2.13 has new names for both and warns of the ones that 2.11 has.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # ==== Start ====
 
 
@@ -88,8 +92,8 @@ def check_links(device):
     probe = torch.full((1024 * ranks,), float(dist.get_rank() + 1), device=device)
     dist.all_reduce(probe)
     share = torch.empty(1024, device=device)
-    dist.reduce_scatter_tensor(share, probe)
-    dist.all_gather_into_tensor(probe, share)
+    reduce_scatter(share, probe)
+    all_gather(probe, share)
     expected = ranks * ranks * (ranks + 1) / 2
     if not bool((probe == expected).all()):
         raise SystemExit(
@@ -237,7 +241,7 @@ class ReduceInOnePool:
 
     def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
         """Sum `input_tensor` over the ranks of `group`, this rank's share of it into `output_tensor`."""
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 # ==== Stopping in order ====

@@ -20,7 +20,7 @@ from sft.training import model as sft_model
 from sft.training.schedule import Schedule
 
 GIB = 2**30
-BUDGETS = (8192, 6144, 5120, 4608, 4096, 3584, 3072, 2560, 2048, 1024)  # tokens per micro-batch that "auto" tries
+BUDGETS = (8192, 6144, 5120, 4096, 3072, 2048, 1024)  # tokens per micro-batch that "auto" tries
 # Bytes that torch's allocator keeps on a GPU in gaps between tensors, as a share of the tensors. From the simulated
 # allocator of benchmarks/symbolic_gpu.py, for Genesis on two cards.
 GAPS = 0.03
