@@ -169,21 +169,20 @@ def spread(indices, values, bins):
     return lists
 
 
-def even_micro_batches(indices, lengths, budget, least):
-    """Return `indices` in as many micro-batches as `pack` needs, or `least`, of equal size as far as they fit.
+def full_micro_batches(indices, lengths, budget, least):
+    """Return `indices` in as few micro-batches as `pack` finds, or `least`: the fullest last, the next fullest first.
 
-    The fullest is the last one: its backward is what the reduction of the gradients hides behind.
+    The first one's forward hides the gathers of the parameters and the last one's backward the reductions of the
+    gradients; on a slow link both take longer than that, and what is between the two hides nothing.
     """
 
     def tokens(micro_batch):
         return sum(lengths[i] for i in micro_batch)
 
-    packed = pack(indices, lengths, budget)
-    count = max(least, len(packed))
-    even = spread(indices, lengths, count)
-    if max(map(tokens, even)) > budget:  # first-fit-decreasing found a place where the emptiest had none
-        even = packed + [[] for _ in range(count - len(packed))]
-    return sorted(even, key=tokens)
+    micro_batches = pack(indices, lengths, budget)
+    micro_batches += [[] for _ in range(least - len(micro_batches))]
+    micro_batches.sort(key=tokens)
+    return micro_batches[-2:-1] + micro_batches[:-2] + micro_batches[-1:]
 
 
 def lay_out(indices, lengths, ranks, budget, costs, equal_counts):
@@ -198,7 +197,7 @@ def lay_out(indices, lengths, ranks, budget, costs, equal_counts):
     """
     shares = spread(indices, costs, ranks)
     least = max(len(pack(share, lengths, budget)) for share in shares) if equal_counts else 0
-    return [even_micro_batches(share, lengths, budget, max(1, least)) for share in shares]
+    return [full_micro_batches(share, lengths, budget, max(1, least)) for share in shares]
 
 
 def idle_share(layout, costs):
