@@ -210,19 +210,12 @@ def using(stream):
 
 
 def alive_bytes(device=None):
+    """Return the bytes in tensors: what the plan has to leave out of the card's free memory."""
     return Tracker.active.alive if Tracker.active else 0
-
-
-def peak_bytes(device=None):
-    return Tracker.active.peak if Tracker.active else 0
 
 
 def free_bytes(device=None):
     return CARD_BYTES - STARTED_BYTES - alive_bytes(), CARD_BYTES
-
-
-def memory_stats(device=None):
-    return collections.defaultdict(int, {"num_alloc_retries": 0, "num_ooms": 0})
 
 
 CUDA = {  # functions and classes of torch.cuda
@@ -236,20 +229,14 @@ CUDA = {  # functions and classes of torch.cuda
     "set_device": lambda device: None,
     "is_available": lambda: True,
     "is_initialized": lambda: True,
-    "is_bf16_supported": lambda *args: True,
     "_lazy_init": lambda: None,
     "synchronize": lambda device=None: host_wait("cuda.synchronize", None),
-    "empty_cache": lambda: None,
     "get_device_name": lambda device=None: CARD,
     "get_device_properties": lambda device=None: Properties,
     "get_device_capability": lambda device=None: (8, 9),
     "mem_get_info": free_bytes,
     "memory_allocated": alive_bytes,
     "memory_reserved": alive_bytes,
-    "max_memory_allocated": peak_bytes,
-    "max_memory_reserved": peak_bytes,
-    "reset_peak_memory_stats": lambda device=None: None,
-    "memory_stats": memory_stats,
 }
 
 
@@ -340,7 +327,7 @@ class Kernel:
 
 @dataclass
 class Transfer:
-    """One collective: the bytes that this rank sends in a ring, and the number of ranks in it."""
+    """One collective: the bytes that this rank sends in a ring."""
 
     name: str
     bytes: float
@@ -378,10 +365,10 @@ def host_wait(what, stream):
 
 
 def project_line():
-    """Return the innermost line of this project, "file.py:line", that leads here."""
+    """Return the innermost line of the project, "file.py:line", that leads here."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if path.is_relative_to(ROOT) and ".venv" not in path.parts and path.name not in (Path(__file__).name,):
+        if path.is_relative_to(ROOT) and ".venv" not in path.parts and path != Path(__file__):
             return f"{path.name}:{frame.lineno}"
     return "autograd's engine"
 
@@ -413,7 +400,6 @@ class Tracker(TorchDispatchMode):
         self.kind_of = kind_of
         self.lock = threading.RLock()
         self.sizes, self.streams = {}, {}  # of each storage on the device, by its key
-        self.dead = set()
         self.alive = self.peak = 0
         self.phase, self.phase_peaks = "start", collections.Counter()
         self.waits = []  # (phase, what, "file.py:line")
@@ -429,7 +415,7 @@ class Tracker(TorchDispatchMode):
         return super().__exit__(*exc)
 
     def forget(self):
-        """Start a new trace; what is alive stays."""
+        """Start a new step: its events, waits and peaks. What is alive and the allocator's trace stay."""
         self.trace = Trace(memory=self.trace.memory)
         self.kept.clear()
         self.waits.clear()

@@ -42,9 +42,7 @@ STEPS = 4  # optimizer steps over real layouts, on both ranks
 COMMUNICATE = "auto"  # "per_step" | "per_micro_batch" | "auto": the plan's choice
 ACTIVATION_CHECKPOINTING = "auto"  # "on" | "off" | "auto"
 TOKENS_PER_MICRO_BATCH = 0  # tokens; 0 = the plan's choice
-COMPILED = (
-    True  # count SwiGLU, its gradient and the rotary embedding as the one kernel that torch.compile makes of each
-)
+COMPILED = True  # count what torch.compile fuses of SwiGLU and the rotary embedding as one kernel each
 QUICK = False  # a tiny shape
 RECORD = ""  # file for the record as JSON; "" = none
 
@@ -318,7 +316,7 @@ def traffic(events):
 def count_step(run, step, traced_ranks, lengths):
     """Run optimizer step `step` (from 0) as each of `traced_ranks`; return what was counted (dict)."""
     indices = dataloader.sequences_of_step(len(lengths), common.SEED, step, SEQUENCES_PER_STEP)
-    record = {"micro_batches": [], "waits": [], "sent": [], "alive": 0, "left_behind": []}
+    record = {"micro_batches": [], "waits": [], "sent": [], "alive": 0, "alive_by_phase": {}, "left_behind": []}
     traces = []
     for rank in traced_ranks:
         batch = run.micro_batches(indices, rank)
@@ -328,6 +326,7 @@ def count_step(run, step, traced_ranks, lengths):
         record["waits"].append(list(run.tracker.waits))
         record["sent"].append(traffic(traces[-1]))
         record["alive"] = max(record["alive"], run.tracker.peak)
+        record["alive_by_phase"] |= run.tracker.phase_peaks
         record["left_behind"].append(run.tracker.alive - before)
     record |= {"tokens": batch.stats["tokens"], "flops": batch.stats["flops"]}
     if len(traced_ranks) == run.ranks:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.torchrun  # a minute of one core, in processes of their own
 GIB = 2**30
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SMALL = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 
@@ -208,8 +210,6 @@ def test_without_a_compiler_a_sentence_says_what_to_install(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().startswith("g++ is missing")
     assert len(done.stderr.splitlines()) == 1
 
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 if __name__ == "__main__":
     sys.path.insert(0, str(BENCHMARKS))
