@@ -83,7 +83,8 @@ def test_the_first_tokens_have_the_models_own_distribution_whatever_the_folder_s
     sample, reader_dir, tmp_path
 ):
     base = shutil.copytree(reader_dir, tmp_path / "base")
-    edit_json(base / "generation_config.json", do_sample=True, temperature=0.1, top_k=2, repetition_penalty=2.0)
+    narrowed = {"do_sample": True, "temperature": 0.1, "top_k": 2, "begin_suppress_tokens": list(range(3, 200))}
+    edit_json(base / "generation_config.json", **narrowed)
     number = 4000
     documents = documents_of(sample(BASE_MODEL=str(base), DOCUMENTS=number, BATCH_SIZE=1000, MAX_TOKENS=1))
     tokenizer = hf_folder.load_tokenizer(base)
