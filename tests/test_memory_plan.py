@@ -103,7 +103,8 @@ def test_bytes_sent():
     once = memory_plan.sent_per_step(sizes, one_machine, torch.bfloat16, "per_step", 8)
     assert once == 1_000_447_488 * (2 + 4) / 2  # half of the parameters to the other rank, half of the gradients
     often = memory_plan.sent_per_step(sizes, one_machine, torch.bfloat16, "per_micro_batch", 8)
-    assert often == 8 * 1_000_447_488 * (2 * 2 + 4) / 2
+    gathered = 2 * sizes.blocks + sizes.root  # the root stays gathered between forward and backward
+    assert often == 8 * (gathered * 2 + 1_000_447_488 * 4) / 2
     across = memory_plan.sent_per_step(sizes, two, torch.bfloat16, "per_step", 8)
     assert across == once + 1_000_447_488 / 2 * 4
 

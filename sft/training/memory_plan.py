@@ -241,14 +241,14 @@ def staging_bytes(args, sizes, topology, total_steps):
 def sent_per_step(sizes, topology, dtype, communicate, micro_batches):
     """Return the bytes that one rank sends in an optimizer step, in rings: gathers, reductions, the sum over machines.
 
-    Once per step, each unit is gathered once and its gradients reduced once; else twice (forward, backward) and once in
-    each micro-batch.
+    Once per step, each unit is gathered once and its gradients reduced once. Else in each micro-batch a block is
+    gathered twice (forward, backward), the root once, and all gradients are reduced.
     """
     shards, machines = topology.shards, topology.machines
-    gathers, reductions = 1, 1
+    gathered, reductions = sizes.all, 1
     if communicate == "per_micro_batch":
-        gathers, reductions = 2 * micro_batches, micro_batches
-    inside = (gathers * dtype.itemsize + reductions * 4) * sizes.all * (shards - 1) / shards
+        gathered, reductions = (2 * sizes.blocks + sizes.root) * micro_batches, micro_batches
+    inside = (gathered * dtype.itemsize + reductions * 4 * sizes.all) * (shards - 1) / shards
     across = reductions * 2 * 4 * sizes.all / shards * (machines - 1) / machines
     return inside + across
 
