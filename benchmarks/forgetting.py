@@ -1,6 +1,6 @@
 """How much plain text does fine-tuning forget, and how much less with replay or with a share of the base?
 
-    python benchmarks/forgetting.py            about 10 minutes on two quiet CPU cores with bfloat16 instructions
+    python benchmarks/forgetting.py
     python benchmarks/forgetting.py --quick    a few steps, for a look
 
 The demo's model is fine-tuned twice by sft_v1.py, for the same number of steps and with the same settings: on the
