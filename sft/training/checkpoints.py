@@ -289,14 +289,15 @@ class Saver:
     def report(self):
         """Say what came of the write that has ended, and record in run.json which checkpoint is the best."""
         writing, self.writing = self.writing, None
-        distributed.beside("")
         try:
             path, end = writing.future.result()
         except OSError as error:
+            distributed.beside("")
             self.log.warn(f"no checkpoint since step {self.last_saved}")
             every = self.args["SAVE_EVERY"]
             self.log.say(f"WARNING: no checkpoint at step {writing.step}, next try in {every} steps: {error}")
             return
+        distributed.beside("")
         self.last_saved = writing.step
         self.log.warn("")
         self.log.say(f"saved {path} in {end - writing.start:.3f} s; training stood still for {writing.stopped:.3f} s")
