@@ -60,6 +60,8 @@ QUESTIONS = ("Who are you?", "What is the capital of France?")
 STATE = {  # what an export needs of a checkpoint's state.json, and of the dicts in it
     "step": int,
     "updates": int,
+    "total_steps": int,
+    "history": list,
     "world_size": int,
     "versions": dict,
     "settings": dict.fromkeys(model_card.RECIPE, object) | {"DATA_DIR": str, "RESIZED_MODEL": str},

@@ -35,6 +35,7 @@ def state_of(step, **settings):
     recipe = dict.fromkeys(model_card.RECIPE, 1) | {"LEARNING_RATE": 0.01}
     return {
         "step": step,
+        "total_steps": step,
         "updates": step - 1,
         "history": [],
         "world_size": 2,
@@ -60,12 +61,15 @@ def checkpoint(tmp_path, monkeypatch):
     (resized / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
     data = Path("data/sft_v1")
     data.mkdir(parents=True)
+    counts = dict.fromkeys(("read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens"), 3)
+    source = counts | {"lengths": [1, 2], "reasons": {}}
     sources = [
-        {"name": "smol", "revision": "0123456789abcdef" * 2 + "01234567"},
-        {"name": "other"},
-        {"name": "answers"},
+        source | {"name": "smol", "revision": "0123456789abcdef" * 2 + "01234567"},
+        source | {"name": "other"},
+        source | {"name": "answers"},
     ]
-    report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST, "totals": {}, "max_seq_len": 8}
+    report = {"settings": {"MIXTURE": MIXTURE}, "sources": sources, "digest": DIGEST}
+    report |= {"totals": counts, "max_seq_len": 8}
     (data / "report.json").write_text(json.dumps(report))
     (data / "report.md").write_text("| source | train |\n|---|---|\n| answers | 12 |\n")
     return checkpoint

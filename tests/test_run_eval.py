@@ -16,6 +16,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import (
@@ -130,12 +131,14 @@ def folder(tmp_path_factory):
     write_model(root / "exports/sft_v1", extended, seed=1, context=256)
     write_model(root / "exports/long", extended, seed=1, context=2048)
     settings = dict.fromkeys(model_card.RECIPE, 1) | {"DATA_DIR": "nowhere", "RESIZED_MODEL": "models/resized"}
-    state = {"step": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
+    state = {"step": 9, "total_steps": 9, "updates": 9, "world_size": 1, "versions": {}, "settings": settings}
+    state["history"] = []
     models = {side: root / "models" / side for side in ("base", "resized")}
     digests = {side: system.weight_digests(model) for side, model in models.items()}
     (models["resized"] / "resize.json").write_text(json.dumps({"weights_sha256": digests}))
     checkpoint = Path("checkpoints/sft_v1/step_000009")
-    training = model_card.describe(checkpoint, state, models["resized"], 1, "bfloat16")
+    source = SimpleNamespace(checkpoints=[checkpoint], base_share=0.0, resized=models["resized"])
+    training = model_card.describe(source, state, digests["resized"], 1, "bfloat16")
     (root / "exports/sft_v1" / model_card.TRAINING).write_text(json.dumps(training))
     return root
 
