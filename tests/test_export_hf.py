@@ -233,7 +233,14 @@ def make_checkpoint(folder, tied=True, harm=None, steps=(50, 100), drift=0.0, **
     recipe += " WEIGHT_DECAY MAX_GRAD_NORM COMPUTE_DTYPE SEED"
     settings = dict.fromkeys(recipe.split(), 1)
     settings |= {"DATA_DIR": "data/sft_v1", "RESIZED_MODEL": "models/resized", "CHECKPOINT_DIR": "checkpoints/sft_v1"}
-    state = {"fingerprints": fingerprints, "settings": settings, "versions": {}, "world_size": 1, "history": [], "total_steps": 100}
+    state = {
+        "fingerprints": fingerprints,
+        "settings": settings,
+        "versions": {},
+        "world_size": 1,
+        "history": [],
+        "total_steps": 100,
+    }
     for step in steps:
         numbers = {"step": step, "updates": step, "validation_loss": step / 50}
         moved = {name: tensor * (1 + drift * step) for name, tensor in tensors.items()}
