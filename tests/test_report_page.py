@@ -104,7 +104,7 @@ def make(tmp_path, monkeypatch, capsys):
 def test_the_page_tells_the_run_from_its_data_to_what_it_changed(make):
     page = make("smoltalk")
     for words in (
-        "genesis: what fine-tuning changed", "1,000,000,000 parameters", "step_000400", "8.0M", "4 h 26 min",
+        "genesis: what fine-tuning changed", "1,000,000,000 parameters", "step_000400", "8,000,000", "4 h 26 min",
         "2.600 → 1.600",
         "times continued from a checkpoint: 1, steps skipped: 1", "ARC-Easy", "piqa", "better",
         "hub/one at 0123", "MIT",

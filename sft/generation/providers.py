@@ -103,13 +103,14 @@ def openai_request(call, limit="max_tokens"):
     """Return the parameters of a Call for chat completions.
 
     limit: how the endpoint calls the most tokens of an answer. OpenAI's own calls it max_completion_tokens, and its
-    reasoning models refuse the old name; most other servers know only that.
+    reasoning models refuse the old name; most other servers know only that. The seed is the request's own: with one
+    for all, a server that samples by it draws the same numbers for each, and answers resemble each other.
     """
     return {
         "model": call.model,
         limit: call.max_tokens,
         "temperature": call.temperature,
-        "seed": call.seed,
+        "seed": int(call.key[:7], 16),
         "messages": [{"role": "system", "content": call.system}, *call.messages],
     }
 
