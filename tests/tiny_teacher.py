@@ -18,7 +18,7 @@ from pathlib import Path
 from teacher_stub import WORDS
 
 TEMPLATE = "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}\n{% endfor %}<s>assistant\n"
-LIKELY = {"\n- ": 7.0, ".": 6.5, "</s>": 6.0}  # logits; words have 0 and a part that depends on the text so far
+LIKELY = {"\n- ": 6.0, ".": 5.5, "</s>": 5.5}  # logits; words have 0 and a part that depends on the text so far
 UNLIKELY = -20.0  # all other bytes
 SIZE, LAYERS, INNER, HEADS, STEADY = 64, 2, 128, 4, 30.0
 
@@ -55,7 +55,7 @@ def write_teacher(folder):
 
     weights = {"model.embed_tokens.weight": matrix(len(vocab), SIZE), "model.norm.weight": np.ones(SIZE, np.float32)}
     weights["model.embed_tokens.weight"][:, 0] = STEADY
-    weights["lm_head.weight"] = matrix(len(vocab), SIZE, 0.2)
+    weights["lm_head.weight"] = matrix(len(vocab), SIZE, 0.1)
     for token, number in vocab.items():
         if not token.startswith(" "):
             weights["lm_head.weight"][number] = 0
@@ -87,7 +87,7 @@ def write_teacher(folder):
 
 
 class Server:
-    """`transformers serve` on a model folder; it works off one request after the other, abandoned ones too."""
+    """`transformers serve` on a model folder, under that folder's name; one request after the other, abandoned too."""
 
     def __init__(self, model, log):
         with socket.socket() as free:
@@ -96,10 +96,11 @@ class Server:
         self.root, self.log = f"http://127.0.0.1:{port}", Path(log)
         self.url = self.root + "/v1"
         main = "from transformers.cli.transformers import main; main()"  # this Python's, wherever the script lies
-        command = [sys.executable, "-c", main, "serve", model, "--port", str(port), "--device", "cpu"]
+        model = Path(model)
+        command = [sys.executable, "-c", main, "serve", model.name, "--port", str(port), "--device", "cpu"]
         command, env = [*command, "--host", "127.0.0.1"], os.environ | {"OMP_NUM_THREADS": "1"}
         with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, env=env)
+            self.process = subprocess.Popen(command, cwd=model.parent, stdout=output, stderr=output, env=env)
 
     def __enter__(self):
         for _ in range(1200):
