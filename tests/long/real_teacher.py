@@ -169,7 +169,8 @@ def main(args):
         with Server(teacher, folder / "server.log") as server:
             flags = ["--provider", "openai", "--base-url", server.url, "--model", teacher.name]
             flags += ["--output", "rows.jsonl", "--examples", args["EXAMPLES"], "--held-out", 0]
-            flags += ["--questions-per-call", 2, "--concurrency", 1, "--judge-threshold", 1, "--seed", args["SEED"], "--timeout-seconds", 600]
+            flags += ["--questions-per-call", 2, "--concurrency", 1, "--judge-threshold", 1]
+            flags += ["--seed", args["SEED"], "--timeout-seconds", 600]
             kill_in_the_middle(generate_command(flags), folder)
             again = subprocess.run(generate_command(flags), cwd=folder)
             result = count(folder, server)
