@@ -355,7 +355,7 @@ def test_the_report_and_the_model_card_follow(folder, runs):
     assert labels == [f"Held-out answers: {source}" for source in ("a", "b", "all")] + ["Plain text"]
     assert "| Answers that end by themselves " in output
     assert f"report: {Path('eval-results/report.html')}" in output
-    for file in ("comparison.md", "comparison.png", "flips.jsonl", "report.html", "after/answers.jsonl"):
+    for file in ("comparison.md", "flips.jsonl", "report.html", "after/answers.jsonl"):
         assert (folder / "eval-results" / file).exists()
     card = (folder / "exports/sft_v1/README.md").read_text()
     assert "## Before and after" in card and "| MMLU (overall) " in card

@@ -3,8 +3,8 @@
 Reads two folders written by `run_eval.sh`: lm_eval's results JSON and its logged samples, `run.json`, and the built-in
 check's `assistant.json`. If the folders of the chat pass, `BEFORE-chat` and `AFTER-chat`, are both there, it compares
 them too, in a table of their own; it refuses a chat pass or a check of other weights than AFTER's. Writes to
-EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`, `comparison.png`, and `flips.jsonl`: every question
-that one model answers correctly and the other does not.
+EVAL_RESULTS: `comparison.md` (also printed), `comparison.json`, and `flips.jsonl`: every question that one model
+answers correctly and the other does not. report_page.py draws it.
 
     bash run_eval.sh compare            eval-results/before against eval-results/after
     bash run_eval.sh compare seed43     and how far the same recipe moves with its seed
@@ -23,7 +23,6 @@ over all its questions, as in lm_eval. Chance follows from the number of choices
 """
 
 import contextlib
-import io
 import json
 import math
 import statistics
@@ -37,12 +36,11 @@ from sft.evaluation import eval_results
 BEFORE = "eval-results/before"  # folder of the first run, written by run_eval.sh
 AFTER = "eval-results/after"  # folder of the second run
 OTHER_SEEDS = ()  # folders of further runs: the same recipe as AFTER with other seeds
-EVAL_RESULTS = "eval-results"  # folder for comparison.md, .json, .png and flips.jsonl; earlier ones are replaced
+EVAL_RESULTS = "eval-results"  # folder for comparison.md, .json and flips.jsonl; earlier ones are replaced
 
 # ==== Constants ====
 
 FAMILY_ERROR = 0.05  # how often at most a table without any real change shows a "better" or "worse"
-INTERVAL = 1.96  # standard errors on both sides of a single score in the chart; differences have Student's quantile
 # The published baseline's rows: lm_eval task, label, metric. Other tasks show all metrics.
 KNOWN_ROWS = (
     ("arc_challenge", "ARC-Challenge", "acc_norm"),
@@ -551,40 +549,6 @@ def markdown(parts, names, others):
     return ("\n".join(page) + "\n").encode("utf-8", "replace").decode()  # a lone surrogate becomes "?"
 
 
-def chart(parts):
-    """Return a PNG (bytes) of every score between 0 and 1 before and after, its 95% interval and the chance line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a label with two $ is no formula
-    from matplotlib import pyplot
-
-    rows = []
-    for row in (row for part in parts for row in part["rows"]):
-        scores = (row["before"]["value"], row["after"]["value"])
-        if row["higher_is_better"] and not row["log_scale"] and all(0 <= score <= 1 for score in scores):
-            rows.append(row)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
-    for side, color, shift in (("before", "tab:gray", -0.12), ("after", "tab:blue", 0.12)):
-        values = [row[side]["value"] for row in rows]
-        heights = [index + shift for index in range(len(rows))]
-        errors = [INTERVAL * (row[side]["stderr"] or 0) for row in rows]
-        axes.errorbar(values, heights, xerr=errors, fmt="o", color=color, label=side, capsize=2)
-    chances = [(index, row["chance"]) for index, row in enumerate(rows) if row["chance"] is not None]
-    bottoms = [index - 0.4 for index, _ in chances]
-    tops = [index + 0.4 for index, _ in chances]
-    axes.vlines([chance for _, chance in chances], bottoms, tops, "tab:red", label="chance")
-    axes.set_yticks(range(len(rows)), [text.one_line(f"{row['label']} ({row['metric']})") for row in rows])
-    axes.invert_yaxis()
-    limits = {f"LIMIT={part['limit']}" for part in parts if part["limit"]}
-    axes.set_xlabel(", ".join(["score, with 95% interval", *limits]))
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
-    return image.getvalue()
-
-
 # ==== Main ====
 
 
@@ -623,7 +587,7 @@ def main(args):
         names = folders
     page = markdown(parts, names, others)
     flip_lines = "".join(json.dumps(flip) + "\n" for flip in flips)
-    files = {"comparison.md": page.encode(), "comparison.png": chart(parts), "flips.jsonl": flip_lines.encode()}
+    files = {"comparison.md": page.encode(), "flips.jsonl": flip_lines.encode()}
     comparison = {
         "settings": args,
         "parts": parts,

@@ -199,17 +199,16 @@ def read_sources(report):
 def why_not_shown(folder, training, results):
     """Return why the comparison in the folder `results` is not one of the export `folder`, a phrase, or None if it is.
 
-    training: dict of its training.json. compare_evals.py writes the digests of the weights, of its page and of its
-    chart into comparison.json. A part may compare with the base or with the resized base, which both come before.
+    training: dict of its training.json. compare_evals.py writes the digests of the weights and of its page into
+    comparison.json. A part may compare with the base or with the resized base, which both come before.
     """
     record = results / "comparison.json"
     if not record.is_file():
         return f"there is no {record}"
     comparison = system.read_json(record, "run_eval.sh compare")
-    for name in ("comparison.md", "comparison.png"):
-        path, digest = results / name, comparison.get("files_sha256", {}).get(name)
-        if not path.is_file() or system.sha256(path) != digest:
-            return f"{path} is not the one that {record} was written with"
+    path, digest = results / "comparison.md", comparison.get("files_sha256", {}).get("comparison.md")
+    if not path.is_file() or system.sha256(path) != digest:
+        return f"{path} is not the one that {record} was written with"
     weights, trained_from = system.weight_digests(folder), training.get("weights_sha256", {})
     for part in comparison["parts"]:
         if part["weights"]["after"] != weights:
@@ -224,13 +223,12 @@ def why_not_shown(folder, training, results):
     return None
 
 
-def evaluation_section(folder, results):
-    """Return the lines of the comparison in the folder `results`, and copy its chart."""
+def evaluation_section(results):
+    """Return the lines of the comparison in the folder `results`."""
     lines = ["## Before and after", ""]
     for line in (results / "comparison.md").read_text(encoding="utf-8").splitlines()[1:]:
         lines.append("#" + line if line.startswith("#") else line)  # one level below the card's own headings
-    system.write_whole(folder / "comparison.png", (results / "comparison.png").read_bytes())
-    return [*lines, "", "![Before and after, by task](comparison.png)", ""]
+    return [*lines, ""]
 
 
 def data_section(data):
@@ -288,7 +286,7 @@ def write_first(folder, checkpoint, training):
 
 
 def write(folder, results=None):
-    """Write README.md, and the chart it shows, into the export `folder`.
+    """Write README.md into the export `folder`.
 
     It reads training.json there, and the comparison in the folder `results` (None: there is none yet) if that is one
     of these weights and of those that the run started from. Returns: why the card has no comparison, a phrase, or None
@@ -308,7 +306,7 @@ def write(folder, results=None):
         f"{training['parameters']:,} parameters, {training['dtype']}; from `{state['settings']['RESIZED_MODEL']}`, "
         f"{origin(training)}.",
         "",
-        *([] if missing else evaluation_section(folder, Path(results))),
+        *([] if missing else evaluation_section(Path(results))),
         *data_section(training["data"]),
         *recipe_section(training),
     ]
