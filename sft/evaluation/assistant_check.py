@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from sft import hf_folder, settings, system
 from sft.bits_per_byte import bits_per_nat, trained_bytes
+from sft.data import chatml
 from sft.evaluation import compare_evals, reading_check
 
 # ---- Files ----
@@ -256,11 +257,27 @@ def notes(args, before, after, rows, tokenizer, passage):
     ]
 
 
+def messages(prompt, tokenizer):
+    """Return a prompt's turns as dicts of `role` and `content`, without the header at its end that asks for the answer.
+
+    prompt: list of ids. It is cut at the ids of the markers, so a text that spells a marker stays text.
+    """
+    start, end = tokenizer.convert_tokens_to_ids(list(chatml.CHATML))
+    turns, first = [], 0
+    for index, token_id in enumerate(prompt):
+        if token_id == start:
+            first = index + 1
+        elif token_id == end:
+            role, _, content = tokenizer.decode(prompt[first:index]).partition("\n")
+            turns.append({"role": role, "content": content})
+    return turns
+
+
 def write_answers(path, prompts, before, after, tokenizer):
     """Write a line for each prompt with both models' answers, and whether they ended by themselves."""
     lines = []
     for prompt, first, second in zip(prompts, before["answers"], after["answers"], strict=True):
-        line = {"prompt": tokenizer.decode(prompt)}
+        line = {"messages": messages(prompt, tokenizer)}
         for name, (ids, ended) in (("before", first), ("after", second)):
             line[name] = tokenizer.decode(ids)
             line[f"{name}_ended"] = ended

@@ -165,7 +165,7 @@ def read_data(state):
     return {
         "table": path.with_suffix(".md").read_text(encoding="utf-8"),
         "sources": read_sources(report),
-        "report": {name: report[name] for name in ("sources", "totals", "max_seq_len", "digest")},
+        "report": {name: report[name] for name in ("sources", "totals", "max_seq_len", "digest", "settings")},
     }
 
 

@@ -1,13 +1,14 @@
 """Write EVAL_RESULTS/report.html: the run as its owner would publish it, one file that needs no network.
 
 Reads comparison.json and flips.jsonl in EVAL_RESULTS (compare_evals.py), the answers of the built-in check in the run
-that was compared, and training.json in EXPORT_DIR (export_hf.py). Without the last, the page has no sections on
-training and data.
+that was compared, and training.json in EXPORT_DIR (export_hf.py). Without the last, or if that is about another model,
+the page has no sections on training and data, and says why.
 
     python -m sft.evaluation.report_page        run_eval.sh runs it after each comparison
 """
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -25,44 +26,101 @@ EXPORT_DIR = "exports/sft_v1"  # Hugging Face folder written by export_hf.py
 # ==== Constants ====
 
 ROOT = Path(__file__).resolve().parents[2]
-# compare_evals.py's columns, what matters most first: a phone shows the beginning of a table.
-COLUMNS = ("Task", "Metric", "Verdict", "Difference ± paired SE", "Before ± SE", "After ± SE", "Chance")
-COLUMNS += ("95% interval", "Above chance", "Difference / SE", "Questions")
+SCORES = ("Task", "Verdict", "Difference", "Before", "After", "Chance", "Questions")  # most important first, for phones
+SOURCES = ("Source", "Licence", "Read", "Rejected", "Conversations", "Held out", "Sequences", "Tokens", "Trained")
+COUNTS = ("read", "rejected", "conversations", "validation_conversations", "sequences", "tokens", "trainable_tokens")
 SHOWN_ANSWERS = 12  # of the check's, evenly from all; answers.jsonl has the others
 SHOWN_FLIPS = 6  # questions per task and direction; flips.jsonl has the others
+SHOWN_TEXT = 4000  # characters of a text; what is longer is cut, and the page says so
 QUESTION_FIELDS = ("question", "query", "ctx", "goal", "sentence", "text", "prompt", "input")  # of lm_eval's tasks
-NOT_RECIPE = ("DATA_DIR", "RESIZED_MODEL", "CHECKPOINT_DIR", "RESUME", "PLAN_ONLY", "PLAN_RANKS", "PLAN_GIB")
-CURVES = (  # (label, the metrics' names, whether on a logarithmic scale)
-    ("cross-entropy per trainable token (nats)", ("loss", "validation_loss"), False),
-    ("learning rate", ("lr",), False),
-    ("gradient norm", ("grad_norm",), True),
-    ("tokens per second", ("tokens_per_second",), False),
+ANSWER_KEYS = ("messages", "before", "before_ended", "after", "after_ended")  # of a line of answers.jsonl
+TRAINING_KEYS = ("averaged", "base_share", "state", "losses", "curves", "run", "data")  # of training.json
+# Settings that name folders, what to do, or what other parts of the page show
+NOT_RECIPE = ("DATA_DIR", "BASE_MODEL", "RESIZED_MODEL", "CHECKPOINT_DIR", "MIXTURE", "TASKS_INCLUDE_PATH", "RESUME")
+NOT_RECIPE += ("PLAN_ONLY", "PLAN_RANKS", "PLAN_GIB", "WORKERS", "SHOW")
+SHAPE = {  # of the architecture, from config.json
+    "num_hidden_layers": "{:,} layers",
+    "hidden_size": "hidden size {:,}",
+    "num_attention_heads": "{:,} attention heads",
+    "num_key_value_heads": "{:,} key-value heads",
+    "vocab_size": "{:,} tokens in the vocabulary",
+    "max_position_embeddings": "{:,} tokens of context",
+}
+CURVES = (  # (title, unit, the metrics' names)
+    ("loss", "nats per trained token", ("loss", "validation_loss")),
+    ("learning rate", "", ("lr",)),
+    ("gradient norm", "", ("grad_norm",)),
+    ("tokens per second", "", ("tokens_per_second",)),
 )
 
-# ==== What the page shows ====
+# ==== Before and after ====
 
 
 def headline(parts):
     """Return {verdict: number of rows} over all parts of a comparison; a loss in bits per byte is no further row."""
-    counts = dict.fromkeys(("better", "no difference seen", "worse"), 0)
+    counts = dict.fromkeys(("better", "no difference seen", "worse", "not tested"), 0)
     for part in parts:
         for row in part["rows"]:
-            if row["verdict"] in counts and row["metric"] != compare_evals.BITS:
+            if row["metric"] != compare_evals.BITS:
                 counts[row["verdict"]] += 1
     return counts
 
 
+def score_line(row):
+    """Return a row's cells in the order of SCORES; a cell is a text or a pair of texts, the second one small."""
+    number, pair = compare_evals.number, row["paired"]
+    if pair is None:
+        difference = (compare_evals.difference(row), "not paired")
+    else:
+        low, high = pair["interval"] or (None, None)
+        interval = f"{number(low, signed=True)} to {number(high, signed=True)}" if pair["interval"] else ""
+        difference = (f"{compare_evals.difference(row)} ± {number(pair['stderr'])}", interval)
+    sides = []
+    for side in ("before", "after"):
+        value, stderr = (number(row[side][name], row["log_scale"]) for name in ("value", "stderr"))
+        sides.append((value, f"± {stderr}"))
+    chance = "-"
+    if row["chance"] is not None:
+        chance = (f"{row['chance']:.2f}", f"above it: {compare_evals.above_chance(row)}")
+    return [(row["label"], row["metric"]), row["verdict"], difference, *sides, chance, f"{row['questions']:,}"]
+
+
 def shown_parts(parts):
-    """Return the parts of a comparison with their chart and their table's cells as text."""
+    """Return the parts of a comparison with their chart, and their rows as lines of cells (see `score_line`).
+
+    The losses in bits per byte, which have the verdicts of those in nats, are apart.
+    """
     shown = []
     for part in parts:
-        lines = compare_evals.table(part["rows"], part["limit"])
-        order = [compare_evals.COLUMNS.index(name) for name in COLUMNS]
-        head, *lines = [[line[index] for index in order] for line in lines]
-        chart = Markup(report_charts.scores(part["rows"]))
+        rows = {True: [], False: []}
+        for row in part["rows"]:
+            rows[row["metric"] == compare_evals.BITS].append(score_line(row))
+        chart = Markup(report_charts.scores(part["rows"], f"{part['title']}: scores before and after"))
+        notes = [one_line(note).replace("`", "") for note in part["notes"]]
         how = part["how"].replace("`", "")
-        shown.append(part | {"head": head, "lines": lines, "chart": chart, "how": how})
+        shown.append(part | {"lines": rows[False], "bits": rows[True], "chart": chart, "how": how, "notes": notes})
     return shown
+
+
+def read_lines(path, keys, made_by):
+    """Return the lines of the JSONL file `path` as dicts that have `keys`.
+
+    Raises: SystemExit naming the line, and `made_by`, which writes the file again.
+    """
+    lines = []
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing. Run {made_by} again.")
+    try:
+        for entry in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(entry)
+            if missing := [key for key in keys if key not in line]:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            lines.append(line)
+    except (*system.JSON_ERRORS, TypeError) as error:
+        raise SystemExit(
+            f"{path}, line {len(lines) + 1}, is not what {made_by} writes ({error}). Run {made_by} again."
+        ) from None
+    return lines
 
 
 def question_of(doc):
@@ -77,18 +135,19 @@ def question_of(doc):
 def shown_flips(folder):
     """Return a list of dicts per task and metric: how many questions were gained and lost, and the first of each."""
     groups = defaultdict(lambda: {"gained": [], "lost": []})
-    for line in (folder / "flips.jsonl").read_text(encoding="utf-8").splitlines():
-        flip = json.loads(line)
+    keys = ("part", "task", "metric", "before", "after", "doc")
+    for flip in read_lines(folder / "flips.jsonl", keys, "run_eval.sh compare"):
         way = "gained" if flip["after"] > flip["before"] else "lost"
         groups[flip["part"], flip["task"], flip["metric"]][way].append(question_of(flip["doc"]))
+    several = len({part for part, _, _ in groups}) > 1
     return [
         {
-            "title": f"{task} · {metric}",
+            "title": " · ".join([task, metric, *([part] if several else [])]),
             "gained": len(ways["gained"]),
             "lost": len(ways["lost"]),
             "questions": {way: texts[:SHOWN_FLIPS] for way, texts in ways.items()},
         }
-        for (_, task, metric), ways in groups.items()
+        for (part, task, metric), ways in groups.items()
     ]
 
 
@@ -97,79 +156,141 @@ def shown_answers(run):
     path = run / "answers.jsonl"
     if not path.is_file():
         return [], 0
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    check = f"python -m sft.evaluation.assistant_check --result-dir {run}"
+    lines = read_lines(path, ANSWER_KEYS, check)
     number = min(SHOWN_ANSWERS, len(lines))
     return [lines[index * len(lines) // number] for index in range(number)], len(lines)
 
 
-def shown_curves(training):
-    """Return the charts of the run's metrics, and of the validation loss per source."""
-    curves, charts = training["curves"], []
-    for label, names, log_scale in CURVES:
-        lines = [(name.replace("_", " "), *points(curves, name), name == "validation_loss") for name in names]
-        charts.append(report_charts.curves(lines, label, log_scale))
-    sources = [name for name in curves if name.startswith("validation_loss/")]
-    lines = [(name.partition("/")[2], *points(curves, name), True) for name in sources]
-    charts.insert(1, report_charts.curves(lines, "validation loss per source (nats)") if len(sources) > 1 else "")
-    return [Markup(chart) for chart in charts if chart]
+# ==== Training and data ====
 
 
 def points(curves, name):
-    """Return (steps, values) of a metric in training.json's `curves`."""
-    pairs = curves.get(name, [])
+    """Return (steps, values) of a metric in training.json's `curves`, of what can be drawn."""
+    pairs = [pair for pair in curves.get(name, []) if math.isfinite(pair[1])]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def shown_data(training):
-    """Return what the page says about the mixture, or None: sources, charts, what was rejected and why."""
-    if training["data"] is None:
+def shown_curves(curves, names):
+    """Return the charts of the run's metrics, and of the validation loss of each of the sources `names`."""
+    charts = []
+    for title, unit, metrics in CURVES:
+        lines = [(name.replace("_", " "), *points(curves, name), name == "validation_loss") for name in metrics]
+        charts.append(report_charts.curves(lines, title, unit))
+    lines = [(name, *points(curves, f"validation_loss/{name}"), True) for name in names]
+    title, several = "validation loss of each source", sum(bool(line[1]) for line in lines) > 1
+    charts.insert(1, report_charts.curves(lines, title, "nats per trained token") if several else "")
+    return [Markup(chart) for chart in charts if chart]
+
+
+def source_line(source, origin, all_trained):
+    """Return a source's cells, see SOURCES and `score_line`. origin: dict of its `origin` and `licence`, or empty."""
+    name, repeat = source.get("name", "all"), source.get("source", {}).get("repeat", 1)
+    counts = [f"{source.get(count, 0):,}" for count in COUNTS]
+    share = source["trainable_tokens"] / all_trained if all_trained else 0
+    counts[-1] = (counts[-1], f"{share:.1%}")
+    if repeat > 1:
+        counts[4] = (counts[4], f"each {repeat} times")
+    return [(name, origin.get("origin", "")), origin.get("licence", ""), *counts]
+
+
+def source_notes(sources):
+    """Return [number, source, what happened to so many of its rows], the largest number first."""
+    lines = []
+    for source in sources:
+        name = source["name"]
+        lines += [(count, name, f"rejected: {reason}") for reason, count in source["reasons"].items()]
+        lines += [(count, name, f"kept, changed: {change}") for change, count in source.get("changes", {}).items()]
+    return [[f"{count:,}", name, what] for count, name, what in sorted(lines, key=lambda line: -line[0])]
+
+
+def shown_data(data):
+    """Return what the page says about the mixture, or None: sources, charts, what was rejected and why.
+
+    data: of training.json; None where the folder of the data held something else by then.
+    """
+    if data is None:
         return None
-    report, origins = training["data"]["report"], {source["name"]: source for source in training["data"]["sources"]}
-    sources = [source | origins.get(source["name"], {}) for source in report["sources"]]
+    report, origins = data["report"], {source["name"]: source for source in data["sources"]}
+    all_trained, chosen = report["totals"]["trainable_tokens"], report.get("settings", {})
     columns = {"conversations": "conversations", "tokens": "tokens", "trainable_tokens": "trained tokens"}
-    rejected = [
-        (source["name"], reason, count) for source in report["sources"] for reason, count in source["reasons"].items()
-    ]
+    largest = report_charts.merge_small(report["sources"])
+    lines = [source_line(source, origins.get(source["name"], {}), all_trained) for source in report["sources"]]
     return {
-        "sources": sources,
-        "totals": report["totals"],
-        "rejected": sorted(rejected, key=lambda line: -line[2]),
-        "shares": Markup(report_charts.shares(report["sources"], columns)),
-        "lengths": Markup(report_charts.lengths(report["sources"], report["max_seq_len"])),
+        "lines": [*lines, source_line(report["totals"], {}, all_trained)],
+        "notes": source_notes(report["sources"]),
+        "names": [source["name"] for source in largest],
+        "shares": Markup(report_charts.shares(largest, columns)),
+        "lengths": Markup(report_charts.lengths(largest, report["max_seq_len"])),
         "digest": report["digest"],
+        "clear_of": ", ".join(chosen.get("DECONTAMINATE_AGAINST", ())),
+        "limit": chosen.get("LIMIT", 0),
+        "settings": chosen,
     }
 
 
-def changed_from_recipe(state):
-    """Return [(name, the recipe's value, this run's)] of the settings that sft_v1.py's defaults have otherwise."""
-    recipe = settings.defaults(ROOT / "sft_v1.py")
+def changed_from_recipe(script, chosen):
+    """Return [name, default, this run's value, script] of the settings `chosen` (dict) that `script` has otherwise."""
+    recipe = json.loads(json.dumps(settings.defaults(ROOT / script)))
     lines = []
-    for name, value in state["settings"].items():
-        default = recipe.get(name)
-        default = list(default) if isinstance(default, tuple) else default
-        if name in recipe and name not in NOT_RECIPE and value != default:
-            lines.append((name, default, value))
+    for name, value in chosen.items():
+        if name in recipe and name not in NOT_RECIPE and value != recipe[name]:
+            values = (json.dumps(one, ensure_ascii=False) for one in (recipe[name], value))
+            lines.append([name, *values, script])
     return lines
 
 
 def duration(seconds):
-    """Return a time as text: 3 h 07 min, or 12 min 05 s."""
+    """Return a time as text that no line break cuts: 3 h 07 min, or 12 min 05 s."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+    text = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def shown_training(folder):
-    """Return what the page says about the run that made the export `folder`, or None without its training.json."""
-    if not (folder / model_card.TRAINING).is_file():
-        return None
+def digests(training, mixture, parts):
+    """Return [what, SHA-256] of the data and of the weights, from the base to those that were measured."""
+    named = {f"data, {split}": digest for split, digest in mixture["digest"].items()} if mixture else {}
+    weights = {"base": training["weights_sha256"]["base"], "resized": training["weights_sha256"]["resized"]}
+    for label, files in (weights | {"export": parts[0]["weights"]["after"]}).items():
+        named |= {f"{label}: {file}": digest for file, digest in files.items()}
+    return list(named.items())
+
+
+def why_no_training(folder, results):
+    """Return why the page has nothing of the training of the export `folder`, a phrase, or None if it has."""
+    path = folder / model_card.TRAINING
+    if not path.is_file():
+        return f"{path} is missing, export_hf.py didn't write this model"
+    training = system.read_json(path, "export_hf.py")
+    missing = [key for key in TRAINING_KEYS if key not in training]
+    if not missing and training["data"] and "report" not in training["data"]:
+        missing = ["data.report"]
+    if missing:
+        return f"{path} has no {', '.join(missing)}: export the checkpoint again with export_hf.py"
+    return model_card.why_not_shown(folder, training, results)
+
+
+def shown_training(folder, parts):
+    """Return what the page says about the run that made the export `folder`. parts: of the comparison."""
     training = system.read_json(folder / model_card.TRAINING, "export_hf.py")
-    state = training["state"]
-    training["run"]["time"] = duration(training["run"]["seconds"])
+    state, mixture, curves = training["state"], shown_data(training["data"]), training["curves"]
+    names = (
+        mixture["names"]
+        if mixture
+        else [name.partition("/")[2] for name in curves if "/" in name][: len(report_charts.SOURCES)]
+    )
+    shape = {form: state.get("fingerprints", {}).get(f"config.json {name}") for name, form in SHAPE.items()}
+    changed = changed_from_recipe("prepare_data.py", mixture["settings"]) if mixture else []
     return training | {
-        "charts": shown_curves(training),
-        "mixture": shown_data(training),
-        "changed": changed_from_recipe(state),
-        "recipe": [(name, state["settings"][name]) for name in model_card.RECIPE],
+        "origin": model_card.origin(training).replace("`", ""),
+        "shape": ", ".join(form.format(value) for form, value in shape.items() if isinstance(value, int)),
+        "time": duration(training["run"]["seconds"]),
+        "charts": shown_curves(curves, names),
+        "mixture": mixture,
+        "changed": changed + changed_from_recipe("sft_v1.py", state["settings"]),
+        "recipe": [[name, str(state["settings"][name])] for name in model_card.RECIPE if name in state["settings"]],
+        "versions": list(state["versions"].items()),
+        "digests": digests(training, mixture, parts),
     }
 
 
@@ -179,6 +300,12 @@ def shown_training(folder):
 def clean(value):
     """Return `value` with each control character and direction mark in its texts visible."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def cut(words):
+    """Return a text of at most SHOWN_TEXT characters and a remark on the rest."""
+    rest = len(words) - SHOWN_TEXT
+    return f"{words[:SHOWN_TEXT]} … ({rest:,} more characters)" if rest > 0 else words
 
 
 def render(**values):
@@ -191,7 +318,8 @@ def render(**values):
         undefined=jinja2.StrictUndefined,
         finalize=clean,
     )
-    environment.filters["one_line"] = one_line
+    environment.filters["cut"] = cut
+    environment.filters["count"] = "{:,}".format
     return environment.get_template("report.html.jinja").render(values)
 
 
@@ -199,24 +327,25 @@ def main(args):
     """Write the page as the settings `args` (dict) say."""
     results, export = Path(args["EVAL_RESULTS"]), Path(args["EXPORT_DIR"])
     comparison = system.read_json(results / "comparison.json", "run_eval.sh compare")
-    training = shown_training(export)
-    if training and model_card.why_not_shown(export, training, results):
-        training = None
+    parts = comparison["parts"]
+    missing = why_no_training(export, results)
     answers, number = shown_answers(Path(comparison["settings"]["AFTER"]))
     page = render(
         name=export.name,
-        parts=shown_parts(comparison["parts"]),
-        counts=headline(comparison["parts"]),
+        heads={"scores": SCORES, "sources": SOURCES},
+        parts=shown_parts(parts),
+        counts=headline(parts),
         seeds=comparison["seeds_table"],
         seeds_note=compare_evals.SEEDS_NOTE,
-        training=training,
+        training=None if missing else shown_training(export, parts),
+        missing=missing,
         answers=answers,
         all_answers=number,
         flips=shown_flips(results),
     )
     path = results / "report.html"
     system.write_whole(path, page.encode("utf-8", "replace").decode())
-    print(f"report: {path}")
+    print(printable(f"report: {path}" + (f", without training and data: {missing}" if missing else "")))
 
 
 if __name__ == "__main__":
