@@ -62,7 +62,7 @@ def checkpoint(tmp_path, monkeypatch):
     data = Path("data/sft_v1")
     data.mkdir(parents=True)
     counts = dict.fromkeys(("read", "rejected", "conversations", "sequences", "tokens", "trainable_tokens"), 3)
-    source = counts | {"lengths": [1, 2], "reasons": {}}
+    source = counts | {"lengths": [1, 2], "reasons": {}, "changes": {}, "control_text": 0, "damage": None}
     sources = [
         source | {"name": "smol", "revision": "0123456789abcdef" * 2 + "01234567"},
         source | {"name": "other"},

@@ -11,13 +11,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import args_of, compare_in, edit_json, share, write_pair, write_run
+from helpers import args_of, compare_in, edit_json, full_disk, share, write_pair, write_run
 
 from sft import settings, system
 from sft.evaluation import model_card, report_charts, report_page
 
 HOSTILE = "</td></style>]]>--><script>alert(1)</script><img src=http://x.test/a onerror=alert(2)> \x1b[2J "
-HOSTILE += "\u202eevil\u2066 $x$ {{ 7*7 }} \ud800"
+HOSTILE += "\u202eevil\u2066 $x$ {{ 7*7 }} \u2028 \x85 \ud800"
 VOID = ("meta", "br", "img", "input", "link", "hr")
 TASKS = {"arc_easy": {"acc": share(30, 90), "acc_norm": share(40, 90)}, "piqa": {"acc": share(50, 90)}}
 LATER = {"arc_easy": {"acc": share(60, 90), "acc_norm": share(45, 90)}, "piqa": {"acc": share(48, 90)}}
@@ -57,6 +57,7 @@ def write_training(export, weights, names=("smoltalk", "constitutional"), change
             {"name": label, "read": 900, "rejected": 12, "conversations": 888, "sequences": 900, "tokens": 90_000}
             | {"trainable_tokens": 40_000 * (index + 1), "lengths": [5, 9, 7, 3], "reasons": {"empty answer": 12}}
             | {"validation_conversations": 9, "changes": {f"merged {label}": 4}, "source": {"repeat": index + 1}}
+            | {"control_text": 2, "damage": None if index else "row 7 is cut off"}
         )
     totals = {count: sum(source[count] for source in sources) for count in report_page.COUNTS}
     report = {"sources": sources, "totals": totals, "max_seq_len": 2048, "digest": {"train": "d1", "validation": "d2"}}
@@ -104,8 +105,9 @@ def make(tmp_path, monkeypatch, capsys):
         for number in range(30):
             turns = [{"role": "system", "content": text}, {"role": "user", "content": f"{text} {number}"}]
             line = {"messages": turns, "before": f"{text} " * 80, "after": text}
-            lines.append(json.dumps(line | {"before_ended": False, "after_ended": True}) + "\n")
-        (results / "after/answers.jsonl").write_text("".join(lines))
+            line |= {"before_ended": False, "after_ended": True}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        (results / "after/answers.jsonl").write_text("".join(lines), encoding="utf-8", errors="replace")
         compare_in(capsys)(**changes)
         if training:
             base = {"base": {"model.safetensors": "base"}, "resized": {"model.safetensors": "resized"}}
@@ -124,8 +126,9 @@ def test_the_page_tells_the_run_from_its_data_to_what_it_changed(make):
     for words in (
         "genesis: what fine-tuning changed", "1,000,000,000 parameters (bfloat16; 32 layers, hidden size 1,536)",
         "step_000400", "8,000,000 tokens in 4 h 26 min", "2.60 → 1.60 validation loss",
-        "Continued from a checkpoint 1 times, steps skipped: 1", "ARC-Easy", "piqa", "better", "above it: both",
+        "Continued from a checkpoint 1 time, steps skipped: 1", "ARC-Easy", "piqa", "better", "above it: both",
         "hub/one at 0123 MIT", "each 2 times", "rejected: empty answer", "kept, changed: merged smoltalk",
+        "- smoltalk the file is damaged: row 7 is cut off", "2 constitutional kept, with the name of a control token",
         "were rejected: arc_easy, piqa", "LEARNING_RATE 2e-05 0.0003 sft_v1.py", "MAX_SEQ_LEN 2048 512 prepare_data.py",
         "MAX_GRAD_NORM", "d1", "commit abc1234", "base: model.safetensors base", "12 of 30 held-out questions",
         "system smoltalk user smoltalk 0 before, cut off: it did not end by itself", "validation loss of each source",
@@ -207,11 +210,13 @@ def test_a_model_that_the_suite_did_not_train_has_the_comparison_only(make):
     assert "export_hf.py didn't write this model" in page.text
 
 
-@pytest.mark.parametrize("missing", ["curves", "run", "data.report", "weights_sha256"])
+@pytest.mark.parametrize("missing", ["curves", "run", "data.report.settings", "weights_sha256"])
 def test_an_earlier_training_json_is_left_out_with_the_reason(make, missing):
     def change(training):
-        first, _, second = missing.partition(".")
-        del (training[first] if second else training)[second or first]
+        *above, last = missing.split(".")
+        for key in above:
+            training = training[key]
+        del training[last]
 
     why = f"exports/genesis/training.json has no {missing}: export the checkpoint again with export_hf.py"
     if missing == "weights_sha256":
@@ -228,10 +233,12 @@ def test_what_a_run_did_not_record_is_not_shown(make):
         training["data"] = None
 
     page = make(change=change)
-    assert page.tags.count("svg") == 1 + 2 and "Data" not in page.words and "tokens in" not in page.words
+    assert page.tags.count("svg") == 1 + 2 and "tokens in" not in page.words
+    assert "The mixture is not shown: when the model was exported" in page.words
     assert "validation loss" not in page.words and "None" not in page.words and "nan" not in page.words.lower()
 
 
+@pytest.mark.filterwarnings("error")  # of a letter that matplotlib has no picture of: the browser has
 def test_of_many_sources_the_largest_have_a_colour_and_the_others_are_one(make):
     names = [f"_source {number} 汉" for number in range(30)]
     page = make(names=names)
@@ -239,7 +246,6 @@ def test_of_many_sources_the_largest_have_a_colour_and_the_others_are_one(make):
     legend = chart[: chart.index("Lengths of the sequences")]
     assert "_source 29 汉" in legend and "23 smaller sources" in legend and "_source 22 汉" not in legend
     assert all(name in chart for name in names)  # the table has them all
-    assert "Glyph" not in page.html
 
 
 def test_a_comparison_without_a_single_row_is_a_page_with_empty_tables(make):
@@ -272,6 +278,13 @@ def test_a_damaged_file_ends_with_a_sentence(make, name, content, sentence):
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(SystemExit, match=re.escape(sentence)):
         report_page.main(args_of(report_page, EXPORT_DIR="exports/genesis"))
+
+
+def test_a_full_disk_leaves_the_earlier_page(make):
+    page = make()
+    with full_disk(1000), pytest.raises(SystemExit, match=r"report.html cannot be written .*Free disk space"):
+        report_page.main(args_of(report_page, EXPORT_DIR="exports/genesis"))
+    assert Path("eval-results/report.html").read_text() == page.html
 
 
 def test_sixty_tasks_and_other_seeds_have_their_rows(make, tmp_path):

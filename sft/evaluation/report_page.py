@@ -8,7 +8,6 @@ the page has no sections on training and data, and says why.
 """
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
 
@@ -72,8 +71,7 @@ def score_line(row):
     if pair is None:
         difference = (compare_evals.difference(row), "not paired")
     else:
-        low, high = pair["interval"] or (None, None)
-        interval = f"{number(low, signed=True)} to {number(high, signed=True)}" if pair["interval"] else ""
+        interval = " to ".join(number(end, signed=True) for end in pair["interval"] or ())
         difference = (f"{compare_evals.difference(row)} ± {number(pair['stderr'])}", interval)
     sides = []
     for side in ("before", "after"):
@@ -111,7 +109,9 @@ def read_lines(path, keys, made_by):
     if not path.is_file():
         raise SystemExit(f"{path} is missing. Run {made_by} again.")
     try:
-        for entry in path.read_text(encoding="utf-8").splitlines():
+        for entry in path.read_text(encoding="utf-8").split("\n"):  # an answer may hold other line separators
+            if not entry:
+                continue
             line = json.loads(entry)
             if missing := [key for key in keys if key not in line]:
                 raise ValueError(f"it has no {', '.join(missing)}")
@@ -166,8 +166,8 @@ def shown_answers(run):
 
 
 def points(curves, name):
-    """Return (steps, values) of a metric in training.json's `curves`, of what can be drawn."""
-    pairs = [pair for pair in curves.get(name, []) if math.isfinite(pair[1])]
+    """Return (steps, values) of a metric in training.json's `curves`."""
+    pairs = curves.get(name, [])
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -195,13 +195,19 @@ def source_line(source, origin, all_trained):
 
 
 def source_notes(sources):
-    """Return [number, source, what happened to so many of its rows], the largest number first."""
+    """Return [number, source, what happened to so many of its rows], the largest number first; damage has none."""
     lines = []
     for source in sources:
         name = source["name"]
         lines += [(count, name, f"rejected: {reason}") for reason, count in source["reasons"].items()]
-        lines += [(count, name, f"kept, changed: {change}") for change, count in source.get("changes", {}).items()]
-    return [[f"{count:,}", name, what] for count, name, what in sorted(lines, key=lambda line: -line[0])]
+        lines += [(count, name, f"kept, changed: {change}") for change, count in source["changes"].items()]
+        if source["control_text"]:
+            lines.append((source["control_text"], name, "kept, with the name of a control token as text"))
+        if source["damage"]:
+            lines.append((0, name, f"the file is damaged: {source['damage']}"))
+    return [
+        [f"{count:,}" if count else "-", name, what] for count, name, what in sorted(lines, key=lambda line: -line[0])
+    ]
 
 
 def shown_data(data):
@@ -212,7 +218,7 @@ def shown_data(data):
     if data is None:
         return None
     report, origins = data["report"], {source["name"]: source for source in data["sources"]}
-    all_trained, chosen = report["totals"]["trainable_tokens"], report.get("settings", {})
+    all_trained, chosen = report["totals"]["trainable_tokens"], report["settings"]
     columns = {"conversations": "conversations", "tokens": "tokens", "trainable_tokens": "trained tokens"}
     largest = report_charts.merge_small(report["sources"])
     lines = [source_line(source, origins.get(source["name"], {}), all_trained) for source in report["sources"]]
@@ -263,8 +269,8 @@ def why_no_training(folder, results):
         return f"{path} is missing, export_hf.py didn't write this model"
     training = system.read_json(path, "export_hf.py")
     missing = [key for key in TRAINING_KEYS if key not in training]
-    if not missing and training["data"] and "report" not in training["data"]:
-        missing = ["data.report"]
+    if not missing and training["data"] and "settings" not in training["data"].get("report", {}):
+        missing = ["data.report.settings"]
     if missing:
         return f"{path} has no {', '.join(missing)}: export the checkpoint again with export_hf.py"
     return model_card.why_not_shown(folder, training, results)
@@ -344,7 +350,12 @@ def main(args):
         flips=shown_flips(results),
     )
     path = results / "report.html"
-    system.write_whole(path, page.encode("utf-8", "replace").decode())
+    try:
+        system.write_whole(path, page.encode("utf-8", "replace"))  # a lone surrogate becomes "?"
+    except OSError as error:
+        raise SystemExit(
+            f"{path} cannot be written ({error}). Free disk space; `bash run_eval.sh compare` writes it again."
+        ) from None
     print(printable(f"report: {path}" + (f", without training and data: {missing}" if missing else "")))
 
 
