@@ -147,7 +147,7 @@ def shard(model, mesh, compute_dtype, communicate):
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    if mesh.device_type == "cuda":
+    if mesh.device_type == "cuda" and communicate == "per_step":
         for unit in (*model.causal_lm.base_model.layers, model):
             unit.set_custom_reduce_scatter(distributed.ReduceInOnePool())
 

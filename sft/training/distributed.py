@@ -238,6 +238,8 @@ class ReduceInOnePool:
     reductions: 1.9 GiB at 1B on two cards that no other tensor can use, next to the unsharded gradients that a block
     has just freed. That stream has waited for the computing one right before, and the computing stream waits for it
     before the gradients are used or freed, so no memory is written while another stream still reads it.
+    Only for one reduction in a step: the results of further ones are added to the gradients and freed at once, and the
+    computing stream, which has not waited for that sum, would write to their memory.
     """
 
     def allocate(self, size, *, dtype, device):
