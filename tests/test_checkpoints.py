@@ -226,7 +226,8 @@ def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_
             beside.save(20, tensors, {}, wait=False)
             beside.finish()
         assert beside.last_saved == 10 and beside.log.warning == "no checkpoint since step 10"
-        assert beside.log.said[-1].startswith("WARNING: no checkpoint at step 20, next try in 10 steps: rank 0: ")
+        sentence = "WARNING: no checkpoint at step 20, next try in 10 steps: rank 0: "
+        assert beside.log.said[-1].startswith(sentence) and len(beside.log.said[-1].splitlines()) == 1
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000010"]
         beside.save(30, tensors, {}, wait=False)
         beside.finish()
