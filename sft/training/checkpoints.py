@@ -470,3 +470,58 @@ def choose(folder, resume):
             "next to them would mix two runs in one folder."
         )
     return checkpoint
+
+
+# ==== Continuing ====
+
+
+def load(checkpoint, tensors, fingerprints):
+    """Fill `tensors` in place from a verified `checkpoint`; return its state.json (dict). All ranks call it.
+
+    Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
+    """
+    stored = system.read_json(checkpoint / STATE, "sft_v1.py")
+    if different := fingerprint_differences(stored["fingerprints"], fingerprints):
+        raise SystemExit(
+            f"{checkpoint} was trained on other data or from another base: {different}. Name another --checkpoint-dir."
+        )
+    right_name = checkpoint_name(stored["step"])
+    if checkpoint.name != right_name:
+        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
+    reader = Reader(str(checkpoint))
+    entries = reader.read_metadata().state_dict_metadata
+    missing = [name for name in tensors if name not in entries]
+    if missing:
+        kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
+        raise SystemExit(
+            f"{checkpoint} lacks {kind}: {len(missing)} of {len(tensors)}, first {missing[0]}. A run that continued "
+            "without it would drift; name a whole checkpoint with --resume."
+        )
+    for name, tensor in tensors.items():
+        if entries[name].size != tensor.shape:
+            raise SystemExit(
+                f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
+                "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
+            )
+    dcp.load(tensors, storage_reader=reader)
+    check_moments(checkpoint, tensors, stored["updates"])
+    return stored
+
+
+def check_moments(checkpoint, tensors, updates):
+    """Exit unless the moments come from the same update as the weights, and are not all zero."""
+    counts = {float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer.step.")}
+    if counts != {float(updates)}:
+        moment_updates = ", ".join(f"{count:g}" for count in sorted(counts))
+        raise SystemExit(
+            f"{checkpoint}: the optimizer's moments are from update {moment_updates}, the weights from update "
+            f"{updates}; choose another checkpoint."
+        )
+    for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+        parts = [tensor for name, tensor in tensors.items() if name.startswith(moment)]
+        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+        moved = any(bool(part.any()) for part in local)
+        if updates and not any(distributed.on_every_rank(moved)):
+            raise SystemExit(
+                f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another checkpoint."
+            )
