@@ -3,11 +3,13 @@
 bash tests/run.sh tests/test_checkpoints.py
 """
 
+import contextlib
 import json
 import math
 import re
 import shutil
 import threading
+import types
 
 import pytest
 import torch
@@ -232,6 +234,18 @@ def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_
         beside.save(30, tensors, {}, wait=False)
         beside.finish()
         assert beside.last_saved == 30 and beside.log.warning == ""
+
+
+def test_a_write_next_to_training_does_not_wait_for_the_stream_that_trains(saver, monkeypatch):
+    tensors, waits = {f"model.{number}": torch.zeros(10**6) for number in range(5)}, []
+    training = types.SimpleNamespace(synchronize=lambda: waits.append("a wait"))
+    with saver(tensors) as beside:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: training)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        beside.save(10, tensors, {}, wait=False)
+        beside.finish()
+    assert beside.last_saved == 10 and waits == []
 
 
 def test_a_write_in_flight_becomes_whole_whatever_ends_the_run(tmp_path, saver, held):

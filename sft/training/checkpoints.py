@@ -107,7 +107,9 @@ def save(folder, step, tensors, state, keep, group=None):
             check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
     def write():
-        dcp.save(tensors, checkpoint_id=str(staging), process_group=group)  # each file is on the disk now
+        # Copying ahead from a GPU would wait for the stream that trains, every 10 MB, also for copies in host memory.
+        writer = dcp.FileSystemWriter(str(staging), per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=group)  # each file is on the disk now
         return manifest_entries(staging.glob(f"__{rank}_*"))
 
     def finish():
