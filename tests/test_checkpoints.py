@@ -220,6 +220,20 @@ def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp
     assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
 
 
+def test_the_last_save_is_written_from_the_same_copy_as_those_before_it(saver, monkeypatch):
+    tensors, written, plain = {"model.a": torch.zeros(1000)}, [], dcp.save
+
+    def save(tensors, **kwargs):
+        written.append(tensors["model.a"].data_ptr())
+        return plain(tensors, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", save)
+    with saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=False)
+        beside.save(20, tensors, {}, wait=True)
+    assert beside.last_saved == 20 and written[0] == written[1] != tensors["model.a"].data_ptr()
+
+
 def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_path, saver):
     tensors = {"model.a": torch.zeros(100_000)}
     with saver(tensors) as beside:

@@ -260,15 +260,15 @@ class Saver:
         waited = time.perf_counter() - start
         if waited > LONG_WAIT and not wait:
             self.log.say(f"step {step}: waited {waited:.0f} s for the save before it; raise SAVE_EVERY.")
-        beside = self.stager is not None and not wait
-        if beside:
+        if self.stager:  # also with `wait`: DCP would hold a second copy of what it writes from a GPU
             tensors = self.stager.stage(tensors)
         self.writing = Writing(step, state, self.thread.submit(self.write, step, tensors, state), start)
         distributed.beside(f"step {step} being written")
-        if not beside:
-            self.writing.future.exception()  # waits
+        wait = wait or not self.stager
+        if wait:
+            self.writing.future.exception()
         self.writing.stopped = time.perf_counter() - start
-        if not beside:
+        if wait:
             self.report()
 
     def write(self, step, tensors, state):
