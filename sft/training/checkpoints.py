@@ -1,4 +1,4 @@
-"""The checkpoint protocol: copy, write, manifest, rename, verify, the latest whole one and the best.
+"""The checkpoint protocol: copy, write, manifest, rename, verify, load, the latest whole one and the best.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `state.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
