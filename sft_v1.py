@@ -35,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -89,7 +88,6 @@ PLAN_GIB = 23.65  # GiB of memory that torch sees of each; an RTX 4090's
 
 ADAM_EPS = 1e-8  # added to the root of the second moment
 CONTEXT_GIB = 0.8  # of a card for the CUDA context and NCCL, estimated, in a plan without a card; a run measures it
-MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
 
 CHOICES = {
     "ACTIVATION_CHECKPOINTING": ("auto", "on", "off"),
@@ -147,7 +145,7 @@ def shard(model, mesh, compute_dtype, communicate):
     for layer in model.causal_lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    if mesh.device_type == "cuda":
+    if mesh.device_type == "cuda" and communicate == "per_step":
         for unit in (*model.causal_lm.base_model.layers, model):
             unit.set_custom_reduce_scatter(distributed.ReduceInOnePool())
 
@@ -260,58 +258,6 @@ def checkpoint_tensors(model, optimizer):
     return tensors
 
 
-def load_checkpoint(checkpoint, tensors, fingerprints):
-    """Fill `tensors` in place from a verified `checkpoint`; return its state.json (dict). All ranks call it.
-
-    Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
-    """
-    stored = system.read_json(checkpoint / checkpoints.STATE, "sft_v1.py")
-    if different := checkpoints.fingerprint_differences(stored["fingerprints"], fingerprints):
-        raise SystemExit(
-            f"{checkpoint} was trained on other data or from another base: {different}. Name another --checkpoint-dir."
-        )
-    right_name = checkpoints.checkpoint_name(stored["step"])
-    if checkpoint.name != right_name:
-        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
-    reader = checkpoints.Reader(str(checkpoint))
-    entries = reader.read_metadata().state_dict_metadata
-    missing = [name for name in tensors if name not in entries]
-    if missing:
-        kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
-        raise SystemExit(
-            f"{checkpoint} lacks {kind}: {len(missing)} of {len(tensors)}, first {missing[0]}. A run that continued "
-            "without it would drift; name a whole checkpoint with --resume."
-        )
-    for name, tensor in tensors.items():
-        if entries[name].size != tensor.shape:
-            raise SystemExit(
-                f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
-                "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
-            )
-    dcp.load(tensors, storage_reader=reader)
-    check_moments(checkpoint, tensors, stored["updates"])
-    return stored
-
-
-def check_moments(checkpoint, tensors, updates):
-    """Exit unless the moments come from the same update as the weights, and are not all zero."""
-    counts = {float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer.step.")}
-    if counts != {float(updates)}:
-        moment_updates = ", ".join(f"{count:g}" for count in sorted(counts))
-        raise SystemExit(
-            f"{checkpoint}: the optimizer's moments are from update {moment_updates}, the weights from update "
-            f"{updates}; choose another checkpoint."
-        )
-    for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
-        parts = [tensor for name, tensor in tensors.items() if name.startswith(moment)]
-        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
-        moved = any(bool(part.any()) for part in local)
-        if updates and not any(distributed.on_every_rank(moved)):
-            raise SystemExit(
-                f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another checkpoint."
-            )
-
-
 def changed_settings(stored, state):
     """Return what a continued run changes against the state.json `stored` (dict), as a list of phrases."""
     now = state.settings | {"ranks": state.world_size} | state.versions
@@ -322,7 +268,7 @@ def changed_settings(stored, state):
 
 def resume(checkpoint, model, optimizer, state):
     """Fill model, optimizer and `state` in place from a verified `checkpoint`; return the list of changed settings."""
-    stored = load_checkpoint(checkpoint, checkpoint_tensors(model, optimizer), state.fingerprints)
+    stored = checkpoints.load(checkpoint, checkpoint_tensors(model, optimizer), state.fingerprints)
     changed = changed_settings(stored, state)
     then = Schedule.of(stored["settings"], stored["total_steps"])
     changed += change_of_rate(then, Schedule.of(state.settings, state.total_steps), stored["step"])
@@ -406,7 +352,7 @@ def train(model, optimizer, loader, validator, saver, args, state, log, stop):
         log.write({"step": 0} | validator.validate(0))
     total_steps, communicate = state.total_steps, state.plan["communicate"]
     schedule = Schedule.of(args, total_steps)
-    skipped, stopped = 0, False
+    stopped = False
     start = time.perf_counter()
     for batch in loader.steps(args["SEED"], args["SEQUENCES_PER_STEP"], state.step, total_steps):
         distributed.heartbeat(f"step {state.step + 1}")
@@ -422,7 +368,7 @@ def train(model, optimizer, loader, validator, saver, args, state, log, stop):
         metrics = log.metrics(state.step, loss, grad_norm, lr, batch, time.perf_counter() - start)
         log.check_spike(metrics, batch.indices)
         log.check_memory(metrics)
-        skipped = count_skipped(skipped, updated, metrics, batch, log)
+        log.check_skipped(metrics, batch.indices, updated)
         last = state.step == total_steps
         if validator and (state.step % args["VALIDATE_EVERY"] == 0 or last):
             metrics |= validator.validate(state.step)
@@ -438,20 +384,6 @@ def train(model, optimizer, loader, validator, saver, args, state, log, stop):
     if saver.last_saved != state.step:
         raise SystemExit("The last checkpoint could not be written. Make room and run the same command again.")
     return stopped
-
-
-def count_skipped(skipped, updated, metrics, batch, log):
-    """Return the number of skipped steps in a row; record one. Raises: SystemExit at MAX_SKIPPED_IN_A_ROW."""
-    if updated:
-        return 0
-    skipped += 1
-    log.record_skipped(metrics, batch.indices)
-    if skipped == MAX_SKIPPED_IN_A_ROW:
-        raise SystemExit(
-            f"{skipped} steps in a row had no finite loss and gradient, up to step {metrics['step']}. The checkpoints "
-            "before them stay. Look at the resized model, COMPUTE_DTYPE and LEARNING_RATE."
-        )
-    return skipped
 
 
 # ==== Start and end ====

@@ -138,6 +138,8 @@ class Stream:
 
     def wait_event(self, event):
         trace("wait", self.name, id(event), event)
+        if Tracker.active:
+            Tracker.active.order.seen[self.name] |= event.known
 
     def wait_stream(self, stream):
         self.wait_event(stream.record_event())
@@ -168,11 +170,13 @@ class Event:
     """A CUDA event: a point in a stream."""
 
     def __init__(self, *args, **kwargs):
-        self.stream = None
+        self.stream, self.known = None, collections.Counter()
 
     def record(self, stream=None):
         self.stream = (stream or current_stream()).name
         trace("record", self.stream, id(self), self)
+        if Tracker.active:
+            self.known = Tracker.active.order.known(self.stream)
 
     def wait(self, stream=None):
         (stream or current_stream()).wait_event(self)
@@ -359,6 +363,7 @@ def host_wait(what, stream):
         return
     wait = (tracker.phase, what, project_line())
     events = tracker.trace.events
+    tracker.order.host_wait(stream)
     if not (events and events[-1][1] == "host" and tracker.waits[-1:] == [wait]):
         tracker.waits.append(wait)
         trace("host", stream, what)
@@ -389,6 +394,42 @@ def rounded(size):
     return -(-size // 512) * 512
 
 
+class Order:
+    """Which operations come before which: by the order in a stream, by events, by waits of the host.
+
+    A tensor's memory belongs to the stream in which it was made. Once it is free, the next tensor of that stream may
+    get it, so by then that stream must have waited for what other streams did with it.
+    """
+
+    def __init__(self):
+        self.seen = collections.defaultdict(collections.Counter)  # stream -> {stream: its operations that come before}
+        self.host = collections.Counter()
+        self.last = collections.defaultdict(dict)  # storage's key -> {stream: (number, name) of its last operation}
+        self.freed = collections.defaultdict(list)  # stream -> [(other stream, number, name)] on memory it got back
+
+    def known(self, stream):
+        """Return {stream: number of operations that come before the next one of `stream`}."""
+        return self.seen[stream] | self.host
+
+    def host_wait(self, stream):
+        for name in list(self.seen) if stream is None else [stream]:
+            self.host |= self.seen[name]
+
+    def use(self, stream, name, keys):
+        """Note an operation `name` of `stream` on the storages `keys`."""
+        self.seen[stream][stream] += 1
+        for key in keys:
+            self.last[key][stream] = (self.seen[stream][stream], name)
+
+    def free(self, key, owner):
+        self.freed[owner] += [(stream, *operation) for stream, operation in self.last.pop(key, {}).items()]
+
+    def allocate(self, owner):
+        """Return the names of the operations that may still run on memory that a new tensor of `owner` may get."""
+        freed, known = self.freed.pop(owner, []), self.known(owner)
+        return [name for stream, number, name in freed if stream != owner and known[stream] < number]
+
+
 class Tracker(TorchDispatchMode):
     """Sees each operation on the device. Enter it inside FakeTensorMode."""
 
@@ -404,6 +445,7 @@ class Tracker(TorchDispatchMode):
         self.phase, self.phase_peaks = "start", collections.Counter()
         self.waits = []  # (phase, what, "file.py:line")
         self.trace, self.kept = Trace(), []
+        self.order, self.races = Order(), collections.Counter()  # (phase, operation) -> times
         self.squares = 0  # sum over the micro-batch's documents of their squared lengths, for attention's operations
 
     def __enter__(self):
@@ -449,6 +491,10 @@ class Tracker(TorchDispatchMode):
         with self.lock:
             growth = size - self.sizes[key]
             if growth:
+                if growth < 0:
+                    self.order.free(key, self.streams[key])
+                else:
+                    self.races.update((self.phase, name) for name in self.order.allocate(self.streams[key]))
                 self.sizes[key] = size
                 self.alive += growth
                 self.peak = max(self.peak, self.alive)
@@ -473,6 +519,9 @@ class Tracker(TorchDispatchMode):
         outputs = list(tensors_of([result]))
         for tensor in outputs:
             self.add(tensor)
+        if name not in NO_KERNEL:
+            keys = {t.untyped_storage()._cdata for t in (*inputs, *outputs) if t.device.type == "cuda"}
+            self.order.use(current_stream().name, name, keys)
         if namespace in ("c10d", "_c10d_functional"):
             self.send(name, args, inputs)
         elif name not in NO_KERNEL and (on_device or any(tensor.device.type == "cuda" for tensor in outputs)):

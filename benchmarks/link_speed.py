@@ -49,8 +49,8 @@ def measure(device):
     whole = torch.empty(shard * ranks, dtype=torch.bfloat16, device=device)
     gradients = torch.ones(shard * ranks, dtype=torch.float32, device=device)
     gradient = torch.empty(shard, dtype=torch.float32, device=device)
-    gather = fastest(lambda: dist.all_gather_into_tensor(whole, part), device)
-    reduction = fastest(lambda: dist.reduce_scatter_tensor(gradient, gradients), device)
+    gather = fastest(lambda: distributed.all_gather(whole, part), device)
+    reduction = fastest(lambda: distributed.reduce_scatter(gradient, gradients), device)
     received = shard * (ranks - 1) / 1e9
     return {
         "gather_gb_per_s": received * part.element_size() / gather,

@@ -14,7 +14,7 @@ tensors) runs on fake tensors on "cuda:0" with a fake process group: fake_cuda.p
 
 torch.compile can't be traced without a device. SwiGLU, its gradient and the rotary embedding count as the one kernel
 that it makes of each (`compiled`); all else is counted as eager code runs it, so compiled code is better than that.
-It cannot show: numbers, races, NCCL, a kernel's own checks, launch gaps.
+It cannot show: numbers, NCCL, a kernel's own checks, launch gaps.
 """
 
 import collections
@@ -374,6 +374,7 @@ def count(config, steps, traced_ranks, ranks=2, machines=1, prepare=None, **chos
         if len(traced_ranks) == ranks:
             record["parts"] = kernels(run.step(run.full(), CARD_TOKENS))
         record |= count_rest(run)
+        record["races"] = sorted(run.tracker.races)
     return record
 
 

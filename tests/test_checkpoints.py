@@ -3,11 +3,13 @@
 bash tests/run.sh tests/test_checkpoints.py
 """
 
+import contextlib
 import json
 import math
 import re
 import shutil
 import threading
+import types
 
 import pytest
 import torch
@@ -218,6 +220,20 @@ def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp
     assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
 
 
+def test_the_last_save_is_written_from_the_same_copy_as_those_before_it(saver, monkeypatch):
+    tensors, written, plain = {"model.a": torch.zeros(1000)}, [], dcp.save
+
+    def save(tensors, **kwargs):
+        written.append(tensors["model.a"].data_ptr())
+        return plain(tensors, **kwargs)
+
+    monkeypatch.setattr(dcp, "save", save)
+    with saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=False)
+        beside.save(20, tensors, {}, wait=True)
+    assert beside.last_saved == 20 and written[0] == written[1] != tensors["model.a"].data_ptr()
+
+
 def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_path, saver):
     tensors = {"model.a": torch.zeros(100_000)}
     with saver(tensors) as beside:
@@ -226,11 +242,24 @@ def test_a_write_that_fails_next_to_training_is_reported_and_leaves_nothing(tmp_
             beside.save(20, tensors, {}, wait=False)
             beside.finish()
         assert beside.last_saved == 10 and beside.log.warning == "no checkpoint since step 10"
-        assert beside.log.said[-1].startswith("WARNING: no checkpoint at step 20, next try in 10 steps: rank 0: ")
+        sentence = "WARNING: no checkpoint at step 20, next try in 10 steps: rank 0: "
+        assert beside.log.said[-1].startswith(sentence) and len(beside.log.said[-1].splitlines()) == 1
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_000010"]
         beside.save(30, tensors, {}, wait=False)
         beside.finish()
         assert beside.last_saved == 30 and beside.log.warning == ""
+
+
+def test_a_write_next_to_training_does_not_wait_for_the_stream_that_trains(saver, monkeypatch):
+    tensors, waits = {f"model.{number}": torch.zeros(10**6) for number in range(5)}, []
+    training = types.SimpleNamespace(synchronize=lambda: waits.append("a wait"))
+    with saver(tensors) as beside:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: training)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        beside.save(10, tensors, {}, wait=False)
+        beside.finish()
+    assert beside.last_saved == 10 and waits == []
 
 
 def test_a_write_in_flight_becomes_whole_whatever_ends_the_run(tmp_path, saver, held):

@@ -57,7 +57,13 @@ def gather_again(run):
     run.trainer.forward_backward = resharding
 
 
-FAULTS = {"wait": wait_in_a_micro_batch, "kept": keep_a_tensor, "gather": gather_again}
+def reduce_each_time(run):
+    """Plant that each micro-batch reduces the gradients, with the reduction that is for one in a step."""
+    real = run.trainer.forward_backward
+    run.trainer.forward_backward = lambda model, batch, scale, communicate: real(model, batch, scale, True)
+
+
+FAULTS = {"wait": wait_in_a_micro_batch, "kept": keep_a_tensor, "gather": gather_again, "race": reduce_each_time}
 
 
 def by_hand():
@@ -147,6 +153,11 @@ def check_memory(record):
     assert reserved < planned, f"{reserved / GIB} reserved, {planned / GIB} planned"
 
 
+def check_races(record):
+    """Assert that no stream gets memory back on which another one may still be at work."""
+    assert record["races"] == [], f"races: {record['races']}"
+
+
 def check_state(record):
     """Assert that validation and answers came, and that a checkpoint would hold float32 on the device."""
     assert set(record["validation"]) == {"validation_loss", "validation_loss/x", "validation_loss/y"}
@@ -166,6 +177,7 @@ def test_genesis_trains_validates_answers_and_saves_on_two_cards_as_planned(comm
         check_waits(step)
         check_traffic(step, communicate)
     check_memory(record)
+    check_races(record)
     check_state(record)
 
 
@@ -176,10 +188,11 @@ def test_two_machines_of_two_cards_gather_inside_and_sum_across():
         check_traffic(step, "per_step")
         (sent,) = step["sent"]
         assert last(step) in {phase for phase, name, _ in sent if "allreduce" in name}
+    check_races(record)
     check_state(record)
 
 
-def test_the_checks_above_see_a_wait_a_tensor_that_stays_and_a_second_gather():
+def test_the_checks_above_see_a_wait_a_tensor_that_stays_a_second_gather_and_a_race():
     small = records("small")
     step = small["none"]["steps"][1]
     check_waits(step)
@@ -191,6 +204,9 @@ def test_the_checks_above_see_a_wait_a_tensor_that_stays_and_a_second_gather():
         check_memory(small["kept"])
     with pytest.raises(AssertionError, match="gathers in"):
         check_traffic(small["gather"]["steps"][1], "per_step")
+    check_races(small["none"])
+    with pytest.raises(AssertionError, match=r"races: .*'micro-batch 2 of \d', 'add_'"):
+        check_races(small["race"])
 
 
 def test_the_simulated_allocator_and_timeline_give_what_follows_by_hand():

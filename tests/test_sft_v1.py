@@ -388,7 +388,7 @@ def tampered(runs, two_ranks, alone, tmp_path):
         model = sft_model.load_model(runs / "base")
         sft_v1.shard(model, alone, torch.float32, "per_step")
         ours = sft_v1.checkpoint_tensors(model, sft_v1.make_optimizer(model, (0.9, 0.95), 0.01))
-        return sft_v1.load_checkpoint(checkpoint, ours, state["fingerprints"])
+        return checkpoints.load(checkpoint, ours, state["fingerprints"])
 
     load.tensors = tensors
     return load

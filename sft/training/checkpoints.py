@@ -1,4 +1,4 @@
-"""The checkpoint protocol: copy, write, manifest, rename, verify, the latest whole one and the best.
+"""The checkpoint protocol: copy, write, manifest, rename, verify, load, the latest whole one and the best.
 
 A checkpoint is a folder `step_NNNNNN` with the sharded files that `torch.distributed.checkpoint` (DCP) writes, the
 run's `state.json`, and `manifest.json` with the size and SHA-256 of every other file. It is written as
@@ -107,7 +107,9 @@ def save(folder, step, tensors, state, keep, group=None):
             check_room(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
     def write():
-        dcp.save(tensors, checkpoint_id=str(staging), process_group=group)  # each file is on the disk now
+        # Copying ahead from a GPU would wait for the stream that trains, every 10 MB, also for copies in host memory.
+        writer = dcp.FileSystemWriter(str(staging), per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=group)  # each file is on the disk now
         return manifest_entries(staging.glob(f"__{rank}_*"))
 
     def finish():
@@ -258,15 +260,15 @@ class Saver:
         waited = time.perf_counter() - start
         if waited > LONG_WAIT and not wait:
             self.log.say(f"step {step}: waited {waited:.0f} s for the save before it; raise SAVE_EVERY.")
-        beside = self.stager is not None and not wait
-        if beside:
+        if self.stager:  # also with `wait`: DCP would hold a second copy of what it writes from a GPU
             tensors = self.stager.stage(tensors)
         self.writing = Writing(step, state, self.thread.submit(self.write, step, tensors, state), start)
         distributed.beside(f"step {step} being written")
-        if not beside:
-            self.writing.future.exception()  # waits
+        wait = wait or not self.stager
+        if wait:
+            self.writing.future.exception()
         self.writing.stopped = time.perf_counter() - start
-        if not beside:
+        if wait:
             self.report()
 
     def write(self, step, tensors, state):
@@ -470,3 +472,58 @@ def choose(folder, resume):
             "next to them would mix two runs in one folder."
         )
     return checkpoint
+
+
+# ==== Continuing ====
+
+
+def load(checkpoint, tensors, fingerprints):
+    """Fill `tensors` in place from a verified `checkpoint`; return its state.json (dict). All ranks call it.
+
+    Raises: SystemExit if a tensor is missing or has another shape, or if the moments do not belong to the weights.
+    """
+    stored = system.read_json(checkpoint / STATE, "sft_v1.py")
+    if different := fingerprint_differences(stored["fingerprints"], fingerprints):
+        raise SystemExit(
+            f"{checkpoint} was trained on other data or from another base: {different}. Name another --checkpoint-dir."
+        )
+    right_name = checkpoint_name(stored["step"])
+    if checkpoint.name != right_name:
+        raise SystemExit(f"{checkpoint} holds step {stored['step']}: it was renamed. Rename it to {right_name}.")
+    reader = Reader(str(checkpoint))
+    entries = reader.read_metadata().state_dict_metadata
+    missing = [name for name in tensors if name not in entries]
+    if missing:
+        kind = "optimizer state" if all(name.startswith("optimizer.") for name in missing) else "tensors"
+        raise SystemExit(
+            f"{checkpoint} lacks {kind}: {len(missing)} of {len(tensors)}, first {missing[0]}. A run that continued "
+            "without it would drift; name a whole checkpoint with --resume."
+        )
+    for name, tensor in tensors.items():
+        if entries[name].size != tensor.shape:
+            raise SystemExit(
+                f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
+                "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
+            )
+    dcp.load(tensors, storage_reader=reader)
+    check_moments(checkpoint, tensors, stored["updates"])
+    return stored
+
+
+def check_moments(checkpoint, tensors, updates):
+    """Exit unless the moments come from the same update as the weights, and are not all zero."""
+    counts = {float(tensor) for name, tensor in tensors.items() if name.startswith("optimizer.step.")}
+    if counts != {float(updates)}:
+        moment_updates = ", ".join(f"{count:g}" for count in sorted(counts))
+        raise SystemExit(
+            f"{checkpoint}: the optimizer's moments are from update {moment_updates}, the weights from update "
+            f"{updates}; choose another checkpoint."
+        )
+    for moment in ("optimizer.exp_avg.", "optimizer.exp_avg_sq."):
+        parts = [tensor for name, tensor in tensors.items() if name.startswith(moment)]
+        local = [part.to_local() if hasattr(part, "to_local") else part for part in parts]
+        moved = any(bool(part.any()) for part in local)
+        if updates and not any(distributed.on_every_rank(moved)):
+            raise SystemExit(
+                f"{checkpoint}: all of {moment}* is zero after {updates} updates; choose another checkpoint."
+            )

@@ -180,25 +180,29 @@ def together(action, group=None):
 
     If it fails anywhere, raise OSError with every rank's reason on all of them. group: as in `on_every_rank`.
     """
-    result = reason = None
+    result, failures = None, {}
     try:
         result = action()
     except (Exception, dcp.CheckpointException) as error:  # the others would wait for a rank that failed alone
         if own := memory_error(error):
             raise own from None  # `Watchdog.end_all` ends the others
-        reason = f"{type(error).__name__}: {error}"
-    answers = on_every_rank((result, reason), group)
-    reasons = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(answers) if text]
-    if reasons:
-        raise OSError("; ".join(reasons))
+        failures = {rank: f"{type(reason).__name__}: {reason}" for rank, reason in errors_of(error).items()}
+    answers = on_every_rank((result, failures), group)
+    if failures := {rank: text for _, reported in answers for rank, text in reported.items()}:
+        raise OSError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
     return [result for result, _ in answers]
+
+
+def errors_of(error):
+    """Return {rank: its exception}: `error` of this rank, or those of all ranks that DCP has collected in it."""
+    if isinstance(error, dcp.CheckpointException):
+        return {rank: reason for rank, (reason, _) in error.failures.items()}
+    return {dist.get_rank() if dist.is_initialized() else 0: error}
 
 
 def memory_error(error):
     """Return the error of this rank that says that memory ran out: `error`, one inside of DCP's, or None."""
-    own = error
-    if isinstance(error, dcp.CheckpointException):
-        own, _ = error.failures.get(dist.get_rank() if dist.is_initialized() else 0, (error, None))
+    own = errors_of(error).get(dist.get_rank() if dist.is_initialized() else 0)
     ran_out = isinstance(own, RuntimeError) and any(words in str(own) for words in OUT_OF_MEMORY)
     return own if ran_out else None
 
@@ -238,6 +242,8 @@ class ReduceInOnePool:
     reductions: 1.9 GiB at 1B on two cards that no other tensor can use, next to the unsharded gradients that a block
     has just freed. That stream has waited for the computing one right before, and the computing stream waits for it
     before the gradients are used or freed, so no memory is written while another stream still reads it.
+    Only for one reduction in a step: the results of further ones are added to the gradients and freed at once, and the
+    computing stream, which has not waited for that sum, would write to their memory.
     """
 
     def allocate(self, size, *, dtype, device):

@@ -24,6 +24,7 @@ RECORDS = ("metrics", "skipped", "spikes", "answers")
 SPIKE_SIGMA = 6.0  # standard deviations above the mean of the last losses from which a loss is a spike
 SPIKE_WINDOW = 200  # losses that a spike is compared with
 SPIKE_LEAST = 20  # fewer losses say nothing yet
+MAX_SKIPPED_IN_A_ROW = 10  # steps without a finite loss and gradient after which the run stops
 RISES = 3  # validations in a row with a higher loss than the one before, from which the loss is said to rise
 BAR = {"loss": ".4f", "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "mfu": ".0%"}  # shown at the bar
 
@@ -42,6 +43,7 @@ class Log:
         self.device = device
         self.peak_flops = peak_flops
         self.warning = ""
+        self.skipped = 0  # steps in a row
         self.retries = None  # of allocations, up to the first step; that one fills the allocator's pools
         self.is_rank0 = dist.get_rank() == 0
         if not self.is_rank0:
@@ -139,14 +141,23 @@ class Log:
         except OSError as error:
             self.say(f"WARNING: step {line['step']} is missing in TensorBoard: {error}")
 
-    def record_skipped(self, line, indices):
-        """Record and print a step that updated nothing, with its sequences."""
-        if not self.is_rank0:
-            return
-        self.append("skipped", self.summary(line, indices))
-        self.say(
-            f"WARNING: {self.sentence(line)}; the step was skipped, nothing was updated. Its sequences: skipped.jsonl."
-        )
+    def check_skipped(self, line, indices, updated):
+        """Record and print a step that updated nothing, with its sequences. Raises: SystemExit after too many in a row.
+
+        updated: whether the step had a finite loss and gradient; all ranks know.
+        """
+        self.skipped = 0 if updated else self.skipped + 1
+        if not updated and self.is_rank0:
+            self.append("skipped", self.summary(line, indices))
+            self.say(
+                f"WARNING: {self.sentence(line)}; the step was skipped, nothing was updated. Its sequences: "
+                "skipped.jsonl."
+            )
+        if self.skipped == MAX_SKIPPED_IN_A_ROW:
+            raise SystemExit(
+                f"{self.skipped} steps in a row had no finite loss and gradient, up to step {line['step']}. The "
+                "checkpoints before them stay. Look at the resized model, COMPUTE_DTYPE and LEARNING_RATE."
+            )
 
     def check_spike(self, line, indices):
         """Record and print a step whose loss is SPIKE_SIGMA deviations above the last ones, with its sequences."""
