@@ -17,6 +17,9 @@ LICENCES = {  # as their pages state them; the licence of the base model and of 
     "teknium/OpenHermes-2.5": "none stated; collected from sources with their own",
     "allenai/tulu-3-sft-mixture": "ODC-BY-1.0; parts have their own, one is CC-BY-NC-4.0",
     "meta-math/MetaMathQA": "MIT",
+    "HuggingFaceTB/smol-smoltalk": "Apache-2.0",
+    "allenai/tulu-3-sft-olmo-2-mixture-0225": "none stated; parts have their own, some of them non-commercial",
+    "allenai/Dolci-Instruct-SFT": "ODC-BY-1.0",
 }
 RECIPE = (
     "SEQUENCES_PER_STEP",
