@@ -47,7 +47,7 @@ BASE_SHARE = 0.0  # 0 to 1, of RESIZED_MODEL in the weights: (1 - share) * train
 # ---- Format ----
 DTYPE = "bfloat16"  # of the weights: "bfloat16" (2 bytes each) | "float32" (4)
 # ---- Instead of an export ----
-VERIFY_ONLY = ""  # folder of an export to compare with the checkpoint again; it says its own dtype, average and share
+VERIFY_ONLY = ""  # folder of an export to compare with its checkpoints again; it says which, its dtype and its share
 # ---- Answers ----
 MAX_NEW_TOKENS = 100  # tokens of each of the two sample answers
 
@@ -540,7 +540,7 @@ def match(chosen, base_share, resized, weights):
 
 
 def recorded(output):
-    """Return (dtype's name, number of checkpoints, base share) of the export `output`.
+    """Return (dtype's name, names of the checkpoints, base share) of the export `output`.
 
     Raises: SystemExit if its files do not say them.
     """
@@ -549,9 +549,10 @@ def recorded(output):
         raise SystemExit(f"{output} says dtype {dtype_name!r}: it is not an export of this script. Name one.")
     record = system.read_json(output / model_card.TRAINING, "export_hf.py")
     names, share = record.get("averaged"), record.get("base_share")
-    if not isinstance(names, list) or not names or not isinstance(share, int | float) or not 0 <= share <= 1:
+    named = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not named or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise SystemExit(f"{output / model_card.TRAINING} does not say what was averaged. {EXPORT_AGAIN}")
-    return dtype_name, len(names), share
+    return dtype_name, names, share
 
 
 def export(source, state, weights, args):
@@ -574,11 +575,13 @@ def main(args):
     if args["BASE_SHARE"] > 1:
         raise SystemExit(f"BASE_SHARE is {args['BASE_SHARE']}; it must be at most 1, which is the base alone.")
     transformers.utils.logging.disable_progress_bar()
-    output, dtype_name, number, share = Path(args["EXPORT_DIR"]), args["DTYPE"], args["AVERAGE"], args["BASE_SHARE"]
+    output, dtype_name, share = Path(args["EXPORT_DIR"]), args["DTYPE"], args["BASE_SHARE"]
     if args["VERIFY_ONLY"]:
         output = Path(args["VERIFY_ONLY"])
-        dtype_name, number, share = recorded(output)
-    chosen = choose_checkpoints(args["CHECKPOINT_DIR"], args["CHECKPOINT"], number)
+        dtype_name, names, share = recorded(output)
+        chosen = [choose_checkpoint(args["CHECKPOINT_DIR"], name) for name in names]
+    else:
+        chosen = choose_checkpoints(args["CHECKPOINT_DIR"], args["CHECKPOINT"], args["AVERAGE"])
     weights = system.weight_digests(args["RESIZED_MODEL"])
     source = match(chosen, share, args["RESIZED_MODEL"], weights)
     if args["VERIFY_ONLY"]:

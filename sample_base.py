@@ -115,17 +115,17 @@ def document_bounds(tokenizer, folder, start_token):
     Raises: SystemExit if the tokenizer in `folder` has no such token.
     """
     names = hf_folder.token_names(system.read_json(Path(folder) / "tokenizer_config.json"), folder)
-    bos = names["bos"] and tokenizer.token_to_id(names["bos"])
+    bos = tokenizer.token_to_id(names["bos"] or "")
     if not start_token:
         adds_bos = bos is not None and tokenizer.encode("a").ids[:1] == [bos]
         start_token = names["bos"] if adds_bos else names["eos"]
-    start = start_token and tokenizer.token_to_id(start_token)
+    start = tokenizer.token_to_id(start_token or "")
     if start is None:
         raise SystemExit(
             f"{folder}: its tokenizer has no token {start_token!r} to begin a document with. Name the one that was "
             "between documents in pretraining with --start-token."
         )
-    end = names["eos"] and tokenizer.token_to_id(names["eos"])
+    end = tokenizer.token_to_id(names["eos"] or "")
     return start, list(dict.fromkeys(token_id for token_id in (end, start) if token_id is not None))
 
 

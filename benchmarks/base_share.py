@@ -2,6 +2,7 @@
 
     python benchmarks/base_share.py                                        shares 0, 0.25, 0.5, 0.75
     LIMIT=200 python benchmarks/base_share.py --shares 0 0.5 --average 3   a quick look, of a mean of three checkpoints
+    CHAT_TEMPLATE=1 python benchmarks/base_share.py                        by the chat pass: ifeval and gsm8k
 
 The weights are (1 - share) * trained + share * base (export_hf.py --base-share). Each share is exported and measured by
 run_eval.sh, which takes its settings from the environment: TASKS, LIMIT, DEVICE, DATA_DIR (for losses and answers of
@@ -40,21 +41,22 @@ def run(*command, **environment):
 def measure(share, args, output):
     """Export the weights with this share of the base, measure them, and return {column: value}."""
     name = f"share_{share.replace('.', '_')}"
-    export, results = str(output / name), str(output / "eval-results")
+    export, results, base = str(output / name), str(output / "eval-results"), args["RESIZED_MODEL"]
     same = ("CHECKPOINT_DIR", "CHECKPOINT", "RESIZED_MODEL", "AVERAGE")
     flags = common.flags({settings.flag_name(key): args[key] for key in same})
     flags += ["--base-share", share, "--export-dir", export, "--max-new-tokens", "20"]
     run(sys.executable, str(common.ROOT / "export_hf.py"), *flags)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # run_eval.sh takes the first python there
-    run("bash", str(common.ROOT / "run_eval.sh"), name, export, EVAL_RESULTS=results, PATH=path)
-    return scores(Path(results) / name)
+    script = str(common.ROOT / "run_eval.sh")
+    run("bash", script, name, export, EVAL_RESULTS=results, RESIZED_MODEL=base, PATH=path)
+    return scores(Path(results) / (f"{name}-chat" if os.environ.get("CHAT_TEMPLATE") == "1" else name))
 
 
 def scores(folder):
     """Return {"LABEL METRIC": value} of a folder of run_eval.sh: lm_eval's tasks, and the built-in check if it ran."""
     results, values = eval_results.read_run(folder), {}
     for task, label, key, _ in compare_evals.plan_rows(results):
-        values[f"{label} {key.partition(',')[0]}"], _ = eval_results.value_of(results, task, key)
+        values[f"{label} {compare_evals.metric_name(key)}"], _ = eval_results.value_of(results, task, key)
     if (folder / "assistant.json").is_file():
         for row in eval_results.read_json(folder / "assistant.json", compare_evals.ASSISTANT)["rows"]:
             values[f"{row['label']} {row['metric']}"] = statistics.fmean(row["after"], row["weights"])

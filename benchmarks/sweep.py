@@ -11,7 +11,6 @@ Writes SWEEP_DIR: a folder per rate without its checkpoints and its export, whic
 eval-results/ with the answers, and table.md.
 """
 
-import json
 import math
 import os
 import shlex
@@ -54,11 +53,12 @@ def train(rate, steps, data, base, output):
     command = [*common.TORCHRUN, str(processes), "sft_v1.py", *common.flags(chosen), *shlex.split(TRAINER_FLAGS)]
     with open(f"{output}.log", "w") as log:
         failed = subprocess.run(command, cwd=common.ROOT, stdout=log, stderr=log).returncode
-    lines = [json.loads(line) for line in read(output / "metrics.jsonl")]
+    lines = system.read_lines(output / "metrics.jsonl")
     if failed and not lines:
         raise SystemExit(f"The run did not start; the end of {log.name}:\n{Path(log.name).read_text()[-2000:]}")
     last = max(lines, key=lambda line: line["step"], default={})
-    row = [rate, last.get("validation_loss") or "not finite", last.get("loss"), len(read(output / "skipped.jsonl"))]
+    skipped = len(system.read_lines(output / "skipped.jsonl"))
+    row = [rate, last.get("validation_loss") or "not finite", last.get("loss"), skipped]
     if failed or last.get("step") != steps:
         row[1] = f"failed after step {last.get('step', 0)} of {steps}, see {output.name}.log"
     return row
@@ -84,11 +84,6 @@ def chat_pass(data, base, output):
         return [f"failed, see {output.name}.log"] * len(CHAT_SCORES)
     scores = eval_results.read_run(results / f"{name}-chat")["results"]
     return [scores[task][key] for task, key in CHAT_SCORES.items()]
-
-
-def read(path):
-    """Return the lines of a file, none if there is no such file."""
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def cell(value):

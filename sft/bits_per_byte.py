@@ -7,8 +7,9 @@ the sum over trainable tokens only).
 What counts. Every trainable token counts with its loss, the closing `<|im_end|>` too: an answer is its text and where
 it ends. Only text counts as bytes: special tokens such as `<|im_end|>` spell none, the think markers, which are plain
 tokens, spell themselves. A sequence's first token is never predicted and counts for neither. So every tokenizer has the
-same text and the same ends to encode, and its tokens may be as long as they like. A sequence that is cut inside a
-character counts the replacement character's three bytes.
+same text and the same ends to encode, and its tokens may be as long as they like. Cuts move the count by little: a
+sequence that is cut inside a character counts the replacement character's three bytes, and where a decoder drops the
+space in front of a text, as SentencePiece's does, the later windows of a document count a byte less each.
 """
 
 import math

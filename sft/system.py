@@ -66,6 +66,20 @@ def read_json(path, made_by=None):
     return value
 
 
+def read_lines(path):
+    """Return the JSON objects (list of dict) that are the lines of the file `path`; [] if there is no such file.
+
+    A last line without its end, which a kill cut off, is left out, and so is a damaged one, such as the zeros that a
+    power failure leaves.
+    """
+    values = []
+    if Path(path).exists():
+        for line in Path(path).read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(*JSON_ERRORS):
+                values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]
+
+
 def differences(then, now, then_label="then", now_label="now"):
     """Return a phrase "name: value then, value now" for each name whose value differs between two dicts.
 

@@ -174,3 +174,16 @@ def test_held_out_plain_text_is_neither_a_prompt_nor_an_answer(folder):
     assert entries["Held-out answers: all"]["before"] == list(range(number))
     assert entries["Held-out text: replay"]["before"] == [number, number + 1]
     assert entries["Held-out text: replay"]["weights"] == [2, 1]
+
+
+def test_a_loss_of_tokens_that_spell_no_text_has_no_bits_per_byte(folder):
+    """Such as the unknown tokens of a tokenizer that lacks the text's script."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "tokenizer")
+    stop = tokenizer.eos_token_id
+    rows = {"input_ids": [[5, 6, 7, stop]], "assistant_masks": [[False, False, False, True]], "source": ["a"]}
+    side = {"held_out": [2.0], "plain": ([1.0], [1], 0), "answers": []}
+    entries = assistant_check.table(side, side, rows, tokenizer)
+    assert [(entry["label"], entry["metric"]) for entry in entries] == [
+        ("Held-out answers: a", "loss"),
+        ("Plain text", "loss"),
+    ]

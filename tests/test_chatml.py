@@ -244,7 +244,7 @@ def test_a_document_longer_than_the_window_is_cut_or_dropped_as_the_setting_says
     (ids,), head = encoder.encode_documents(["word " * 300]), [(encoder.array(encoder.bos), False)]
     windows, lost = chatml.cut_document(head, ids, 64, "truncate")
     assert [chatml.length(window) for window in windows] == [64] and lost == ["end cut off at the window"]
-    assert chatml.cut_document(head, ids, 64, "drop") == ([], [])
+    assert chatml.cut_document(head, ids, 64, "drop") == (None, [])
     assert chatml.cut_document(head, ids[:50], 64, "drop")[0]
 
 
@@ -457,7 +457,7 @@ def test_every_conversation_of_the_demo_equals_the_template_and_decodes_to_its_a
 def cut(encoder, turns, max_seq_len, overflow):
     """Return (the sequences of one conversation as (ids, mask) lists, list of what was lost)."""
     pieces, lost = chatml.cut([], encoder.encode([turns])[0], max_seq_len, overflow)
-    return [tuple(array.tolist() for array in chatml.concatenate([], [piece])) for piece in pieces], lost
+    return [tuple(array.tolist() for array in chatml.concatenate([], [piece])) for piece in pieces or ()], lost
 
 
 def test_split_loses_no_turn_and_repeats_the_system_turn(small_encoder):

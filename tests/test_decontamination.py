@@ -201,6 +201,8 @@ def test_file_is_sorted_and_needs_no_pickle(folder, overlap):
 def test_counts(overlap):
     rows = {row.pop("task"): row for row in map(dict, overlap.counts)}
     assert list(rows) == KINDS
+    assert rows["own_group"].pop("parts") == ["own_group", "own_inner", "mmlu_anatomy", "mmlu_astronomy"]
+    assert all(row.pop("parts") == [name] for name, row in rows.items() if name != "own_group")
     # "Question", 16 words, "Answer" and 5 words make 11 n-grams; each of the other choices ends in a new one.
     assert rows["arc_easy"] == {"questions": 2, "ngrams": 11 + 3, "too_short": 1, "boilerplate": 0}
     assert rows["own_group"]["questions"] == 2
@@ -284,7 +286,7 @@ def test_find_agrees_with_sets_of_words(tmp_path_factory, questions, turns, n):
         for ngrams in sets.values()
     ]
     decontamination.save_ngrams(
-        path, n, list(sets), hashes, [(0, 0, 0, 0)] * 2, {word for q in questions for word in q}
+        path, n, {task: [task] for task in sets}, hashes, [(0, 0, 0, 0)] * 2, {word for q in questions for word in q}
     )
     flat = [word for turn in turns for word in turn]
     windows = [tuple(flat[i : i + n]) for i in range(len(flat) - n + 1)]
@@ -338,7 +340,7 @@ def killed_child(names, include_path, path):
 
 def writing_child(names, include_path, path):
     words, hashes = ["a", "b"], decontamination.ngram_hashes(hashes_of(["a", "b"]), 2)
-    decontamination.save_ngrams(path, 2, names, [hashes], [(1, 1, 0, 0)], words)
+    decontamination.save_ngrams(path, 2, {names[0]: names}, [hashes], [(1, 1, 0, 0)], words)
 
 
 def test_what_the_spawned_child_says_arrives(tmp_path, monkeypatch, capfd):
@@ -365,7 +367,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
             decontamination.Overlap(tmp_path / f"{name}.npz")
     with pytest.raises(SystemExit, match="cannot be written"):
         decontamination.save_ngrams(
-            tmp_path / "text.npz/x.npz", 3, ["a"], [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set()
+            tmp_path / "text.npz/x.npz", 3, {"a": ["a"]}, [np.empty(0, np.uint64)], [(0, 0, 0, 0)], set()
         )
 
 

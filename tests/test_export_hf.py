@@ -512,8 +512,6 @@ def test_an_export_is_verified_again_and_every_change_is_seen(tmp_path, export, 
         assert sentence in refused(export, VERIFY_ONLY="exports/sft_v1")
         for name, content in before.items():
             (folder / name).write_bytes(content)
-    # The two checkpoints of this test have the same weights.
-    export(VERIFY_ONLY="exports/sft_v1", CHECKPOINT="step_000050")
     assert "exports/nowhere/config.json is missing" in refused(export, VERIFY_ONLY="exports/nowhere")
 
 
@@ -589,6 +587,17 @@ def test_a_mean_with_a_share_of_the_base_is_the_one_computed_in_float64(tmp_path
     assert training["averaged"] == ["step_000100", "step_000075"] and training["base_share"] == 0.5
 
 
+def test_an_export_is_verified_against_the_checkpoint_it_names_however_far_training_has_gone_since(tmp_path, export):
+    run = make_checkpoint(tmp_path, drift=1e-3) / "checkpoints" / "sft_v1"
+    early = export(CHECKPOINT="step_000050", EXPORT_DIR="early")
+    export(VERIFY_ONLY="early")
+    edit_json(early / model_card.TRAINING, averaged=["step_000100"])
+    assert "differs from the checkpoint" in refused(export, VERIFY_ONLY="early")
+    edit_json(early / model_card.TRAINING, averaged=["step_000050"])
+    shutil.rmtree(run / "step_000050")
+    assert "sft_v1/step_000050: no such checkpoint folder" in refused(export, VERIFY_ONLY="early")
+
+
 def test_the_whole_share_is_the_base_itself(tmp_path, export):
     make_checkpoint(tmp_path)
     exported, base = read_weights(export(BASE_SHARE=1.0)), read_weights(tmp_path / RESIZED)
@@ -606,7 +615,7 @@ def test_a_wrong_mean_and_one_changed_bit_of_a_mean_are_seen(tmp_path, export, m
     (folder / "model.safetensors").write_bytes(content)
     edit_json(folder / model_card.TRAINING, base_share=0.25)
     assert "differs from the checkpoint" in refused(export, VERIFY_ONLY="exports/sft_v1")
-    for damage in ({"base_share": 2}, {"base_share": "0.5"}, {"averaged": []}, {"averaged": None}):
+    for damage in ({"base_share": 2}, {"base_share": "0.5"}, {"averaged": []}, {"averaged": None}, {"averaged": [1]}):
         edit_json(folder / model_card.TRAINING, **{"averaged": ["step_000100"], "base_share": 0.5} | damage)
         message = "training.json does not say what was averaged. Run export_hf.py again"
         assert message in refused(export, VERIFY_ONLY="exports/sft_v1")

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import MINE, compare_in, edit_json, share, write_pair, write_run
+from helpers import MINE, ROOT, compare_in, edit_json, share, write_pair, write_run
 
+import prepare_data
 from sft import system
 from sft.evaluation import model_card, run_eval
 
@@ -301,3 +302,9 @@ def test_a_folder_that_is_no_export_is_refused(checkpoint):
     Path("model").mkdir()
     with pytest.raises(SystemExit, match=r"model/training.json is missing. Run export_hf.py"):
         model_card.write("model", "eval-results")
+
+
+def test_every_hub_data_set_of_the_ready_mixtures_has_a_licence():
+    mixtures = [prepare_data.MIXTURE, *(json.loads(path.read_text()) for path in (ROOT / "mixtures").glob("*.json"))]
+    named = {source["hub"] for mixture in mixtures for source in mixture if "hub" in source}
+    assert named == model_card.LICENCES.keys()

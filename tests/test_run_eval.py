@@ -542,13 +542,14 @@ def test_without_task_names_those_of_the_one_list_are_measured(folder, start, mo
 
 def test_a_task_that_the_data_was_not_decontaminated_against_is_warned_about(folder, start, tmp_path, capsys):
     (tmp_path / "data").mkdir()
-    report = {"evaluation": [{"task": "piqa", "questions": 3}]}
+    group = {"task": "mmlu", "parts": ["mmlu", "mmlu_stem", "mmlu_anatomy"]}
+    report = {"evaluation": [{"task": "piqa", "parts": ["piqa"], "questions": 3}, group]}
     (tmp_path / "data/report.json").write_text(json.dumps(report))
     settings = {"DATA_DIR": str(tmp_path / "data"), "NAME": "before"}
     staging = start(TASKS="piqa,winogrande,arc_easy", **settings)
     assert f"WARNING: {tmp_path}/data was not decontaminated against winogrande, arc_easy:" in capsys.readouterr().out
     assert json.loads((staging / "run.json").read_text())["not_decontaminated"] == ["winogrande", "arc_easy"]
-    for changes in ({"TASKS": "piqa"}, {"DATA_DIR": "nowhere"}, {"DATA_DIR": ""}):
+    for changes in ({"TASKS": "piqa"}, {"TASKS": "mmlu_anatomy"}, {"DATA_DIR": "nowhere"}, {"DATA_DIR": ""}):
         shutil.rmtree(start(**settings | changes))
         assert "WARNING" not in capsys.readouterr().out
 

@@ -145,6 +145,13 @@ def test_what_cannot_be_sampled_is_a_sentence_and_leaves_nothing(sample, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_names_its_tokens_as_nothing_has_no_token_to_begin_with(sample, reader_dir, tmp_path):
+    base = shutil.copytree(reader_dir, tmp_path / "base")
+    edit_json(base / "tokenizer_config.json", bos_token="", eos_token="")
+    with pytest.raises(SystemExit, match=r"its tokenizer has no token '' to begin a document with.*--start-token"):
+        sample(BASE_MODEL=str(base))
+
+
 def test_an_existing_file_a_second_run_and_another_runs_documents_are_refused(sample, tmp_path, monkeypatch):
     (tmp_path / "out.jsonl").write_text("precious")
     with pytest.raises(SystemExit, match=r"out\.jsonl is already there\. Move it away, or name another --output\."):

@@ -115,7 +115,7 @@ def test_parquet_with_odd_names_broken_text_and_dates_is_read_and_its_rows_are_r
 
 
 def test_the_paragraphs_of_a_text_file_are_rows_and_one_that_is_not_utf8_is_alone_unreadable(tmp_path):
-    (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbfOne\nline two\n\n \t\n\nTwo \xff\r\n\r\n\xc3\xa4 three")
+    (tmp_path / "s.txt").write_bytes(b"\xef\xbb\xbfOne\r\nline two\n\n \t\n\nTwo \xff\r\n\r\n\xc3\xa4 three")
     rows = open_rows(tmp_path, path="s.txt", schema="text")
     one, two, three = rows.take([0, 1, 2])
     assert one == ({"text": "One\nline two\n"}, None) and three == ({"text": "ä three"}, None) and len(rows) == 3

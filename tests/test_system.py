@@ -4,6 +4,7 @@ Run it alone: bash tests/run.sh tests/test_system.py
 """
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -52,6 +53,18 @@ def test_json_that_cannot_be_read_is_a_sentence(tmp_path, content, sentence):
     assert sentence in str(refusal.value)
     with pytest.raises(SystemExit, match="Get it again"):  # no script of the suite writes it
         system.read_json(tmp_path / "x.json")
+
+
+def test_of_a_record_the_lines_are_read_that_are_whole(tmp_path):
+    path, whole = tmp_path / "record.jsonl", [{"step": 1, "text": "ä\u2028\r"}, {"step": 2}]
+    assert system.read_lines(path) == []
+    lines = [json.dumps(line, ensure_ascii=False).encode() for line in whole]
+    damage = b"\0" * 9, b"\xff", b"", b"[1]", b"7", b"[" * 100_000
+    path.write_bytes(b"\n".join([lines[0], *damage, lines[1], b'{"step": 3}']))
+    assert system.read_lines(path) == whole
+    for size in range(len(lines[0]) + 1):  # a kill may cut anywhere
+        path.write_bytes(lines[0][:size])
+        assert system.read_lines(path) == []
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):

@@ -104,6 +104,16 @@ def test_a_masked_answer_is_context_and_an_exchange_of_nothing_else_is_left_out_
     assert "exchange without a trained token in the window left out" in batch.results[0].changes
 
 
+def test_what_fits_and_trains_nothing_is_not_called_too_long_where_what_is_too_long_is_dropped(small_encoder):
+    _, encoder = small_encoder
+    rows = [chat("b", "c", "d", first="assistant")]  # of three turns the first is left out
+    rows[0]["messages"][2]["train"] = False
+    args = prepare_args(OVERFLOW="drop")
+    for work in (work_of(encoder, rows, args), work_of(encoder, [{"text": "a"}], args, schema="text")):
+        (result,) = workers.prepare_rows(work, [0]).results
+        assert result.reason == "nothing trainable in the window"
+
+
 # ---- Processes ----
 
 

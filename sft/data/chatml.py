@@ -320,8 +320,8 @@ def cut(head, turns, max_seq_len, overflow):
     "truncate" or "drop". Splitting keeps exchanges (a user turn and its answer) whole and repeats the system turn; an
     exchange longer than the window is cut at its end and gets no invented end.
 
-    Returns: (sequences, each a list of segments of which some are trained, list of what was lost). There is no sequence
-    if the conversation does not fit.
+    Returns: (sequences, each a list of segments of which some are trained, list of what was lost). There may be no
+    sequence; "drop" gives None in their place to a conversation that does not fit.
     """
     if len(turns) % 2:  # questions and answers come in pairs, so the odd one is the system turn
         head, turns = head + turns[0], turns[1:]
@@ -337,7 +337,7 @@ def cut(head, turns, max_seq_len, overflow):
     lost = []
     if max(sizes) > max_seq_len:
         if overflow == "drop":
-            return [], []
+            return None, []
         pieces = [clip(piece, max_seq_len) for piece in pieces]
         lost.append("end cut off at the window")
     kept = [piece for piece in pieces if any(trained and len(ids) for ids, trained in piece)]
@@ -358,7 +358,7 @@ def cut_document(head, ids, max_seq_len, overflow):
     windows = [ids[begin : begin + room] for begin in range(0, len(ids), room)]
     lost = []
     if len(windows) > 1 and overflow == "drop":
-        return [], []
+        return None, []
     if len(windows) > 1 and overflow == "truncate":
         windows, lost = windows[:1], ["end cut off at the window"]
     sequences = [[*head, (window[:first], False), (window[first:], True)] for window in windows if len(window) > first]

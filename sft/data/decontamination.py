@@ -58,7 +58,9 @@ def ngram_hashes(hashes, n):
 
 
 class Overlap:
-    """The evaluation's n-grams in the file `path`. `counts`: for each task, {"task", "questions", "ngrams", ...}.
+    """The evaluation's n-grams in the file `path`. `counts`: for each task, {"task", "parts", "questions", ...}.
+
+    "parts": of a group its own name and those of the tasks and groups in it, of a single task its own.
 
     Raises: SystemExit if the file cannot be read.
     """
@@ -68,8 +70,11 @@ class Overlap:
             with np.load(path, allow_pickle=False) as file:
                 self.n, self.hashes, self.task_of = int(file["n"]), file["hashes"], file["task_of"]
                 self.tasks, words = file["tasks"].tolist(), file["words"].tobytes().decode().split("\n")
-                rows = zip(self.tasks, file["counts"].tolist(), strict=True)
-                self.counts = [{"task": task, **dict(zip(COUNTS, row, strict=True))} for task, row in rows]
+                rows = zip(self.tasks, file["counts"].tolist(), file["parts"].tolist(), strict=True)
+                self.counts = []
+                for task, row, parts in rows:
+                    counts = dict(zip(COUNTS, row, strict=True))
+                    self.counts.append({"task": task, "parts": parts.split("\n"), **counts})
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{path} cannot be read ({error}). Run prepare_data.py again.") from None
         self.hash_of = {word: word_hash(word) for word in words}
@@ -166,20 +171,22 @@ def task_ngrams(tasks, n, hash_of):
     return kept, (questions, len(kept), too_short, len(boilerplate))
 
 
-def save_ngrams(path, n, names, ngrams, counts, words):
-    """Write the file in one step. ngrams: for each task its uint64 n-grams; counts: for each task those of COUNTS.
+def save_ngrams(path, n, parts, ngrams, counts, words):
+    """Write the file in one step.
 
-    Its arrays: n; hashes, sorted uint64; task_of, uint16: the first task that has the n-gram; tasks, str; counts,
-    int64 [task, COUNTS]; words: the UTF-8 bytes of the sorted vocabulary, one word a line.
+    parts: {task: names of its parts}; ngrams: for each task its uint64 n-grams; counts: for each task those of COUNTS.
+    Its arrays: n; hashes, sorted uint64; task_of, uint16: the first task that has the n-gram; tasks, str; parts, str,
+    one name a line; counts, int64 [task, COUNTS]; words: the UTF-8 bytes of the sorted vocabulary, one word a line.
     Raises: SystemExit if the file cannot be written.
     """
-    owners = np.repeat(np.arange(len(names), dtype=np.uint16), [len(part) for part in ngrams])
+    owners = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(part) for part in ngrams])
     hashes, first = np.unique(np.concatenate(ngrams), return_index=True)
     arrays = {
         "n": n,
         "hashes": hashes,
         "task_of": owners[first],
-        "tasks": np.array(names),
+        "tasks": np.array(list(parts)),
+        "parts": np.array(list(map("\n".join, parts.values()))),
         "counts": np.array(counts),
         "words": np.frombuffer("\n".join(sorted(words)).encode(), np.uint8),
     }
@@ -198,7 +205,7 @@ def write_ngrams(names, include_path, path):
     """
     logging.disable(logging.CRITICAL)  # a failure is reported below, once
     names = list(dict.fromkeys(names))
-    ngrams, counts, hash_of = [], [], {}
+    parts, ngrams, counts, hash_of = {}, [], [], {}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # progress bars of three libraries
         from lm_eval.tasks import TaskManager
 
@@ -208,19 +215,20 @@ def write_ngrams(names, include_path, path):
                 known = manager.match_tasks([name])
                 if not known and not Path(name).is_file():
                     raise ValueError("lm_eval knows no task of this name; TASKS_INCLUDE_PATH names a folder of yours")
-                tasks = manager.load(known or [name])["tasks"].values()
-                task_hashes, numbers = task_ngrams(tasks, NGRAM, hash_of)
+                loaded = manager.load(known or [name])
+                task_hashes, numbers = task_ngrams(loaded["tasks"].values(), NGRAM, hash_of)
             except Exception as error:  # whatever task definitions and data sets raise
                 cause = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
                 cause = textwrap.shorten(cause, 300).rstrip(".")
                 raise SystemExit(
                     f"{name} cannot be compared: {cause}. Make it reachable, or continue without it: {WITHOUT}."
                 ) from None
+            parts[name] = [*loaded["groups"], *loaded["tasks"]]
             ngrams.append(task_hashes)
             counts.append(numbers)
             line = "{:,} questions, {:,} n-grams, {:,} questions too short, {:,} n-grams of boilerplate"
             print(f"{name}: {line.format(*numbers)}", flush=True)
-    save_ngrams(path, NGRAM, names, ngrams, counts, hash_of)
+    save_ngrams(path, NGRAM, parts, ngrams, counts, hash_of)
 
 
 # ==== The process that reads the questions ====

@@ -258,8 +258,8 @@ def paragraph_spans(path):
 
 
 def paragraph_row(text):
-    """Return the row of a paragraph, without the byte order mark that some editors put in front of a file."""
-    return {"text": text.removeprefix("\ufeff")}
+    """Return the row of a paragraph, without what an editor adds: a byte order mark in front, Windows's line ends."""
+    return {"text": text.removeprefix("\ufeff").replace("\r\n", "\n")}
 
 
 def array_spans(path, chunk=1 << 18):

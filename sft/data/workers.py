@@ -143,7 +143,7 @@ def cut_row(work, result, turns, encoded):
     sequences, lost = cut(head, encoded, work.args["MAX_SEQ_LEN"], overflow)
     result.changes += lost
     if not sequences:
-        result.reason = "longer than the window" if overflow == "drop" else "nothing trainable in the window"
+        result.reason = "longer than the window" if sequences is None else "nothing trainable in the window"
         return []
     match = work.overlap and work.overlap.find([text for _, text in turns])
     if match:

@@ -203,14 +203,17 @@ def entry(label, metric, before, after, weights):
     return {"label": label, "metric": metric, "before": before, "after": after, "weights": weights}
 
 
-def in_bits(loss, text_bytes):
-    """Return the entry of a `loss` (an entry) in bits per byte. text_bytes: of all its items together.
+def with_bits(loss, text_bytes):
+    """Return the `loss` (an entry) and, unless it is of tokens that spell no text, the same in bits per byte.
 
-    Every item has the same factor: so their mean is the quotient of the sums, and its error and verdict the loss's.
+    text_bytes: of all its items together. Every item has the same factor: so their mean is the quotient of the sums,
+    and its error and verdict the loss's.
     """
+    if not text_bytes:  # such as unknown tokens, where the tokenizer lacks the text's script
+        return [loss]
     factor = bits_per_nat(sum(loss["weights"]), text_bytes)
     before, after = ([factor * number for number in loss[side]] for side in ("before", "after"))
-    return entry(loss["label"], compare_evals.BITS, before, after, loss["weights"])
+    return [loss, entry(loss["label"], compare_evals.BITS, before, after, loss["weights"])]
 
 
 def table(before, after, rows, tokenizer):
@@ -228,11 +231,9 @@ def table(before, after, rows, tokenizer):
     for name, chosen in groups:
         columns = [[column[index] for index in chosen] for column in (before["held_out"], after["held_out"], weights)]
         label = f"Held-out {'text' if name in texts else 'answers'}: {name}"
-        loss = entry(label, "loss", *columns)
-        entries += [loss, in_bits(loss, sum(text_bytes[index] for index in chosen))]
+        entries += with_bits(entry(label, "loss", *columns), sum(text_bytes[index] for index in chosen))
     plain_losses, lengths, plain_bytes = before["plain"]
-    plain = entry("Plain text", "loss", plain_losses, after["plain"][0], lengths)
-    entries += [plain, in_bits(plain, plain_bytes)]
+    entries += with_bits(entry("Plain text", "loss", plain_losses, after["plain"][0], lengths), plain_bytes)
     if before["answers"]:
         ones = [1] * len(before["answers"])
         ended = [[int(ended) for _, ended in side["answers"]] for side in (before, after)]

@@ -180,6 +180,12 @@ def metric_keys(run, task):
     return keys
 
 
+def metric_name(key):
+    """Return how tables name the metric of lm_eval's key "name,filter"; the filter "none" is left out."""
+    metric, _, filter_name = key.partition(",")
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
+
+
 def guess_rate(pairs, run, metric):
     """Return the accuracy of random guessing, mean of 1 / number of choices; None for anything but multiple choice.
 
@@ -253,7 +259,7 @@ def compare_row(before, after, planned, cache):
     row = {
         "label": label,
         "task": task,
-        "metric": metric if filter_name == "none" else f"{metric} ({filter_name})",
+        "metric": metric_name(key),
         "questions": len(pairs),
         "log_scale": log_scale,
         "paired": None,

@@ -17,6 +17,9 @@ LICENCES = {  # as their pages state them; the licence of the base model and of 
     "teknium/OpenHermes-2.5": "none stated; collected from sources with their own",
     "allenai/tulu-3-sft-mixture": "ODC-BY-1.0; parts have their own, one is CC-BY-NC-4.0",
     "meta-math/MetaMathQA": "MIT",
+    "HuggingFaceTB/smol-smoltalk": "Apache-2.0",
+    "allenai/tulu-3-sft-olmo-2-mixture-0225": "none stated; parts have their own, some of them non-commercial",
+    "allenai/Dolci-Instruct-SFT": "ODC-BY-1.0",
 }
 RECIPE = (
     "SEQUENCES_PER_STEP",
@@ -58,7 +61,8 @@ def describe(source, state, weights, parameters, dtype_name):
     safetensors in `resized`; parameters: their number in the export; dtype_name: of the exported weights.
     """
     checkpoint = source.checkpoints[0]
-    lines = read_metrics(checkpoint.parent, state["step"])
+    metrics = system.read_lines(checkpoint.parent / "metrics.jsonl")
+    lines = [line for line in metrics if line["step"] <= state["step"]]  # the run may have gone on since
     return {
         "checkpoint": checkpoint.name,
         "averaged": [path.name for path in source.checkpoints],
@@ -91,21 +95,6 @@ def read_base(resized, weights):
 def is_own_file(path):
     """Return whether the Path is a file and no link: a link may lead to a private file, and an export is published."""
     return path.is_file() and not path.is_symlink()
-
-
-def read_metrics(checkpoint_dir, step):
-    """Return the lines (dicts) up to `step` of metrics.jsonl in a run's folder, without torn or zeroed ones."""
-    path, lines = checkpoint_dir / "metrics.jsonl", []
-    if not path.is_file():
-        return lines
-    for entry in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            line = json.loads(entry) if entry.endswith("\n") else None  # None: a kill cut the last line off
-        except ValueError:  # zeros, where the power failed before the file was on the disk
-            continue
-        if line is not None and line["step"] <= step:
-            lines.append(line)
-    return lines
 
 
 def read_losses(lines):

@@ -110,7 +110,9 @@ def not_decontaminated(tasks, data_dir):
     path = Path(data_dir) / "report.json"
     if not data_dir or not path.is_file():
         return []
-    compared = {row["task"] for row in system.read_json(path, "prepare_data.py").get("evaluation", [])}
+    compared = set()
+    for row in system.read_json(path, "prepare_data.py").get("evaluation", []):
+        compared |= {row["task"], *row.get("parts", ())}
     names = [task for task in tasks if task not in compared]
     if names:
         print(

@@ -17,6 +17,8 @@ import json
 import os
 from collections import Counter
 
+from sft import system
+
 STAGES = ("questions", "followup", "answer", "critique", "revision", "judge")
 KEY_FIELDS = ("stage", "model", "system", "messages", "max_tokens", "temperature", "seed")
 CHARACTERS_PER_TOKEN = 4  # of English, for the plan
@@ -112,11 +114,9 @@ def is_json(line):
 
 
 def parse_lines(path):
-    """Return the JSON objects in the file `path`, if it exists; a torn last line is cut off, a damaged one left out."""
+    """Return the JSON objects in the file `path` as system.read_lines does, after cutting off a torn last line."""
     repair(path, is_json)
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    values = [json.loads(line) for line in lines if is_json(line)]
-    return [value for value in values if isinstance(value, dict)]
+    return system.read_lines(path)
 
 
 class StageFile:

@@ -50,9 +50,10 @@ class Log:
             return
         for name in RECORDS:
             self.drop_after(name, step)
-        losses = [line["loss"] for line in self.read("metrics") if line.get("loss") is not None]
+        lines = system.read_lines(self.path)
+        losses = [line["loss"] for line in lines if line.get("loss") is not None]
         self.losses = deque(losses, maxlen=SPIKE_WINDOW)
-        self.validated = [line for line in self.read("metrics") if line.get("validation_loss") is not None]
+        self.validated = [line for line in lines if line.get("validation_loss") is not None]
         self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -61,22 +62,9 @@ class Log:
     def file(self, name):
         return self.path.with_name(f"{name}.jsonl")
 
-    def read(self, name):
-        """Return the lines of a record as dicts, without those cut off by a kill or a power cut."""
-        lines = []
-        if self.file(name).exists():
-            for line in self.file(name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    continue
-                try:
-                    lines.append(json.loads(line))
-                except ValueError:  # zeros, where the power failed before the file was on the disk
-                    continue
-        return lines
-
     def drop_after(self, name, step):
         """Write a record again without the lines after `step`; step 0 keeps none."""
-        kept = [line for line in self.read(name) if line["step"] <= step] if step else []
+        kept = [line for line in system.read_lines(self.file(name)) if line["step"] <= step] if step else []
         if kept or self.file(name).exists():
             system.write_whole(self.file(name), "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -255,7 +243,7 @@ class Log:
             return
         self.bar.close()
         self.board.close()
-        lines = self.read("metrics")
+        lines = system.read_lines(self.path)
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for name, style in (("loss", "-"), ("validation_loss", "o-")):
