@@ -37,7 +37,7 @@ from sft import eval_tasks, settings, system
 # ---- Measuring ----
 LIMIT = 250  # questions of each task, on a CPU; 0 = all. A GPU measures all
 MMLU_LIMIT = 8  # of them for each of MMLU's 57 subjects
-BATCH_SIZE = 4  # prompts at a time; lm_eval needs 1 GiB for the logits of 5,000 tokens
+BATCH_SIZE = 4  # prompts at a time, on a CPU: lm_eval needs 1 GiB for the logits of 5,000 tokens
 DTYPE = "bfloat16"  # of training and measuring | "float32", for a CPU without bfloat16 instructions
 DEVICE = "auto"  # "auto" (all GPUs if there are any) | "cpu"
 # ---- Training ----
@@ -176,16 +176,17 @@ def script(name, *arguments, launcher=(sys.executable,), cwd=WORK, **environment
     """Run one of the suite's scripts, with `cwd` as the current folder, and print how long it took."""
     begin = time.monotonic()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment |= {"PATH": path, "HF_HOME": str(WORK / "hf"), "OMP_NUM_THREADS": "1"}
+    # A cache for each folder: the one of `datasets` takes data sets of the same name and configurations for the same.
+    environment |= {"PATH": path, "HF_HOME": str(cwd / "hf"), "OMP_NUM_THREADS": "1"}
     common.run(*launcher, common.ROOT / name, *arguments, cwd=cwd, env=environment)
     print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def evaluate(name, limit, device):
     """Run run_eval.sh for "before" or "after"; two tasks at a time on a CPU."""
-    environment = {"LIMIT": str(limit or ""), "DTYPE": DTYPE, "BATCH_SIZE": str(BATCH_SIZE)}
-    environment["DEVICE"] = "gpus" if device == "cuda" else ",".join(["cpu"] * RANKS)
-    environment["ASSISTANT_FLAGS"] = "--answers 16 --max-new-tokens 80"
+    environment = {"LIMIT": str(limit or ""), "DTYPE": DTYPE, "ASSISTANT_FLAGS": "--answers 16 --max-new-tokens 80"}
+    if device == "cpu":
+        environment |= {"DEVICE": ",".join(["cpu"] * RANKS), "BATCH_SIZE": str(BATCH_SIZE)}
     print(f"measuring {name}", flush=True)
     script("run_eval.sh", name, launcher=("bash",), **environment)
 
@@ -222,25 +223,16 @@ def average(first, second):
 
 
 def distance(row):
-    """Return how many of its standard errors the base's score is above the published one; None without one."""
+    """Return by how many of its standard errors the base's score is above the published one; None without one."""
     if row["label"] not in PUBLISHED:
         return None
-    return (row["before"]["value"] - PUBLISHED[row["label"]]) / row["before"]["stderr"]
+    return (row["before"]["value"] - PUBLISHED[row["label"]]) / (row["before"]["stderr"] or 1)
 
 
 def table(rows):
     """Return the lines of the table. rows: of comparison.json and `average`."""
-    head = [
-        "Task",
-        "Metric",
-        "Questions",
-        "Before ± SE",
-        "After ± SE",
-        "Difference ± paired SE",
-        "Published",
-        "Distance",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * 6]
+    head = "| Task | Metric | Questions | Before ± SE | After ± SE | Difference ± paired SE | Published | Off by |"
+    lines = [head, "|---|---|" + "---:|" * 6]
     for row in rows:
         cells = [row["label"], row["metric"], f"{row['questions']:,}"]
         cells += ["{value:.4f} ± {stderr:.4f}".format(**row[side]) for side in ("before", "after")]
