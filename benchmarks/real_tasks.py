@@ -253,6 +253,25 @@ def statement(rows):
     return "; ".join(parts), len(near)
 
 
+def show(rows, report, steps):
+    """Print the table, the statement and the RESULT line. rows: of comparison.json; report: prepare_data.py's (dict)."""
+    tasks = {row["task"]: row for row in rows if row["task"] in eval_tasks.PLAIN and not row["log_scale"]}
+    scores = [*tasks.values(), average(tasks["arc_easy"], tasks["arc_challenge"])]
+    sentence, near = statement(scores)
+    print("\n".join(["", *table(scores), "", sentence, ""]))
+    changes = {task: row["paired"]["difference"] / (row["paired"]["stderr"] or 1) for task, row in tasks.items()}
+    worst = min(changes, key=changes.get)
+    reasons = report["sources"][0]["reasons"]
+    common.result(
+        questions=sum(task["questions"] for task in report["evaluation"]),
+        measured=sum(row["questions"] for row in tasks.values()),
+        decontaminated_rows=sum(count for reason, count in reasons.items() if reason.startswith("contaminated: ")),
+        steps=steps,
+        published_within_2se=f"{near}/{len(PUBLISHED)}",
+        worst_change=f"{worst}:{changes[worst]:+.1f}se",
+    )
+
+
 # ==== Main ====
 
 
@@ -273,23 +292,11 @@ def main(args):
     print(f"{questions:,} questions in {WORK.relative_to(common.ROOT)}", flush=True)
     evaluate("before", limit, device)
     report = fine_tune(steps, device)
+    compared = sum(task["questions"] for task in report["evaluation"])
+    if compared != questions:
+        raise SystemExit(f"prepare_data.py compared the conversations with {compared:,} questions, not {questions:,}.")
     evaluate("after", limit, device)
-    rows = json.loads((WORK / "eval-results/comparison.json").read_text())["parts"][0]["rows"]
-    tasks = {row["task"]: row for row in rows if row["task"] in eval_tasks.PLAIN and not row["log_scale"]}
-    scores = [*tasks.values(), average(tasks["arc_easy"], tasks["arc_challenge"])]
-    sentence, near = statement(scores)
-    print("\n".join(["", *table(scores), "", sentence, ""]))
-    changes = {task: row["paired"]["difference"] / (row["paired"]["stderr"] or 1) for task, row in tasks.items()}
-    worst = min(changes, key=changes.get)
-    reasons = report["sources"][0]["reasons"]
-    common.result(
-        questions=questions,
-        measured=sum(row["questions"] for row in tasks.values()),
-        decontaminated_rows=sum(count for reason, count in reasons.items() if reason.startswith("contaminated: ")),
-        steps=steps,
-        published_within_2se=f"{near}/{len(PUBLISHED)}",
-        worst_change=f"{worst}:{changes[worst]:+.1f}se",
-    )
+    show(json.loads((WORK / "eval-results/comparison.json").read_text())["parts"][0]["rows"], report, steps)
 
 
 if __name__ == "__main__":
