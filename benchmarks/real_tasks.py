@@ -254,7 +254,7 @@ def statement(rows):
 
 
 def show(rows, report, steps):
-    """Print the table, the statement and the RESULT line. rows: of comparison.json; report: prepare_data.py's (dict)."""
+    """Print the table, the statement and the RESULT line. rows: of comparison.json; report: of prepare_data.py."""
     tasks = {row["task"]: row for row in rows if row["task"] in eval_tasks.PLAIN and not row["log_scale"]}
     scores = [*tasks.values(), average(tasks["arc_easy"], tasks["arc_challenge"])]
     sentence, near = statement(scores)

@@ -114,17 +114,27 @@ def test_a_package_with_another_number_of_questions_is_a_sentence(package, tmp_p
         real_tasks.write_tasks(package, tmp_path / "tree")
 
 
-def row(label, metric, before, stderr):
-    score = {"value": before, "stderr": stderr}
-    paired = {"difference": 0.01, "stderr": 0.02}
-    return {"label": label, "metric": metric, "questions": 100, "before": score, "after": score, "paired": paired}
+def row(task, label, before, stderr, difference):
+    score, paired = {"value": before, "stderr": stderr}, {"difference": difference, "stderr": 0.02}
+    row = {"task": task, "label": label, "metric": "acc", "questions": 100, "log_scale": False}
+    return row | {"before": score, "after": score, "paired": paired}
 
 
-def test_each_published_figure_is_said_to_be_near_or_far():
-    easy, challenge = row("ARC-Easy", "acc_norm", 0.46, 0.03), row("ARC-Challenge", "acc_norm", 0.29, 0.04)
-    rows = [row("HellaSwag", "acc_norm", 0.44, 0.01), row("PIQA", "acc", 0.67, 0.02), easy, challenge]
-    rows.append(real_tasks.average(easy, challenge))
-    assert rows[-1]["before"] == pytest.approx({"value": 0.375, "stderr": 0.025})
-    sentence, near = real_tasks.statement(rows)
-    assert near == 2 and sentence.endswith("PIQA, ARC, average; farther away: HellaSwag")
-    assert "| 0.409 | +3.1 SE |" in real_tasks.table(rows)[2]
+def test_the_figures_are_set_beside_the_published_ones(capsys):
+    rows = [row("hellaswag", "HellaSwag", 0.44, 0.01, 0.02), row("piqa", "PIQA", 0.67, 0.02, -0.01)]
+    rows += [row("arc_easy", "ARC-Easy", 0.46, 0.03, -0.05), row("arc_challenge", "ARC-Challenge", 0.29, 0.04, 0.01)]
+    rows.append(row("lambada_openai", "Lambada (OpenAI)", 30, 1, 9) | {"log_scale": True})
+    reasons = {"contaminated: mmlu": 3, "contaminated: piqa": 2, "duplicate": 5}
+    report = {"evaluation": [{"questions": 30}, {"questions": 12}], "sources": [{"reasons": reasons}]}
+    real_tasks.show(rows, report, 7)
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        "| HellaSwag | acc | 100 | 0.4400 ± 0.0100 | 0.4400 ± 0.0100 | +0.0200 ± 0.0200 | 0.409 | +3.1 SE |" in printed
+    )
+    assert (
+        "| ARC, average | acc | 200 | 0.3750 ± 0.0250 | 0.3750 ± 0.0250 | -0.0200 ± 0.0141 | 0.373 | +0.1 SE |"
+        in printed
+    )
+    assert [line for line in printed if line.endswith(": PIQA, ARC, average; farther away: HellaSwag")]
+    figures = "questions=42 measured=400 decontaminated_rows=5 steps=7 published_within_2se=2/3"
+    assert printed[-1] == f"RESULT {figures} worst_change=arc_easy:-2.5se"
