@@ -59,10 +59,10 @@ TRAINER = {
 }
 
 
-def run(*command, **options):
-    """Run a command in the repository's root; its failure ends the benchmark with its last words."""
+def run(*command, cwd=ROOT, **options):
+    """Run a command in `cwd`; its failure ends the benchmark with its last words."""
     environment = os.environ | OFFLINE | options.pop("env", {})
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, **options)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
