@@ -29,6 +29,7 @@ DATA_DIR = ""  # folder with a split "ordered", from common.write_data
 RESIZED_MODEL = ""  # HF folder
 # ---- Steps ----
 STEPS = 2  # optimizer steps
+MAX_SECONDS = 0.0  # TRL ends after the step that reaches them, counted from its first step; 0 = after STEPS
 MICRO_BATCH = 2  # sequences per forward and process
 ACCUMULATION = 16  # micro-batches per step and process
 LEARNING_RATE = common.TRAINER["--learning-rate"]  # fixed
@@ -36,8 +37,12 @@ PAD_TO = 2048  # tokens to which the recipe "padded" pads
 SHORT_CUT = 0  # tokens to which it pads a micro-batch that has no longer sequence
 PADDING_FREE = False  # TRL's option of that name
 CHECKPOINTING = False  # recompute each block in the backward
-MODEL_DTYPE = "float32"  # "float32" (masters, with bfloat16 autocast) | "bfloat16" (weights and moments, too)
+MODEL_DTYPE = "float32"  # of weights and moments: "float32" | "bfloat16"
+COMPUTE_DTYPE = "bfloat16"  # of TRL's forward and backward: "bfloat16", by autocast | "float32"
 DEVICE = "cpu"  # "cpu" | "cuda"
+# ---- Snapshots, of TRL ----
+OUTPUT = ""  # folder of the weights
+SAVE_EVERY = 0  # optimizer steps between two; with MAX_SECONDS also after the last; 0 = none
 
 
 # ==== TRL ====
@@ -54,14 +59,17 @@ def train_trl(model, rows):
         def on_train_begin(self, *args, **kwargs):
             self.ends = [time.perf_counter()]
 
-        def on_step_end(self, *args, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
+            if MAX_SECONDS and self.ends[-1] - self.ends[0] >= MAX_SECONDS:
+                control.should_training_stop = True
+                control.should_save = SAVE_EVERY > 0
 
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
-            output_dir=scratch,
+            output_dir=OUTPUT or scratch,
             max_length=None if PADDING_FREE else PAD_TO,  # our sequences are cut already
             max_steps=STEPS,
             per_device_train_batch_size=MICRO_BATCH,
@@ -74,11 +82,13 @@ def train_trl(model, rows):
             adam_beta2=0.95,
             weight_decay=0.01,
             train_sampling_strategy="sequential",
-            bf16=MODEL_DTYPE == "float32",
+            bf16=(MODEL_DTYPE, COMPUTE_DTYPE) == ("float32", "bfloat16"),
             use_cpu=DEVICE == "cpu",
             ddp_backend="gloo" if DEVICE == "cpu" and "WORLD_SIZE" in os.environ else None,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps" if SAVE_EVERY else "no",
+            save_steps=SAVE_EVERY or 1,
+            save_only_model=True,
             report_to="none",
             disable_tqdm=True,
         )
