@@ -220,6 +220,18 @@ def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp
     assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
 
 
+def test_the_thread_of_a_save_ends_with_it(saver, held):
+    tensors = {"model.a": torch.zeros(1000)}
+    names = {thread.name for thread in threading.enumerate()}
+    with saver(tensors) as beside:
+        beside.save(10, tensors, {}, wait=False)
+        (writing,) = [thread for thread in threading.enumerate() if thread.name.startswith("save")]
+        held.set()
+        writing.join(60)
+        beside.finish()
+        assert beside.last_saved == 10 and {thread.name for thread in threading.enumerate()} <= names
+
+
 def test_the_last_save_is_written_from_the_same_copy_as_those_before_it(saver, monkeypatch):
     tensors, written, plain = {"model.a": torch.zeros(1000)}, [], dcp.save
 
