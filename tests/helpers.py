@@ -569,3 +569,9 @@ def compare_in(capsys):
 
 
 MINE = {"mine": {"acc": share(3, 9)}}
+
+
+def children(pid):
+    """Return the ids of all processes below `pid`."""
+    pids = [int(n) for n in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+    return pids + [below for child in pids for below in children(child)]

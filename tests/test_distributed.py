@@ -14,17 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, assert_same_run, go_back, run_alone, torchrun, train_command, trained
+from helpers import ROOT, assert_same_run, children, go_back, run_alone, torchrun, train_command, trained
 
 from sft.training import checkpoints
 
 pytestmark = pytest.mark.torchrun
-
-
-def children(pid):
-    """Return the ids of all processes below `pid`."""
-    pids = [int(n) for n in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
-    return pids + [below for child in pids for below in children(child)]
 
 
 def kill(pids):
@@ -125,7 +119,9 @@ def slowly(owner, name, seconds):
         return result
     setattr(owner, name, wrapped)
 slowly(datasets, "load_from_disk", lambda *args: 5 * (rank == 1))
-slowly(dcp, "save", lambda *args, checkpoint_id, **more: 25 if "step_000020" in checkpoint_id else 5 * (rank == 0))
+def disk(*args, storage_writer, **more):
+    return 25 if "step_000020" in str(storage_writer.path) else 5 * (rank == 0)
+slowly(dcp, "save", disk)
 """
     line = train_command(runs, "slow", 2, COLLECTIVE_TIMEOUT_SECONDS=2)
     with running(started_by(tmp_path / "starter.py", slow, line), runs / "slow" / "step_000020.unfinished") as process:

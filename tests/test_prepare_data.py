@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers import ROOT, chat, copy_lm_eval, full_disk, prepare_args, work_of
+from helpers import ROOT, chat, children, copy_lm_eval, full_disk, prepare_args, work_of
 from transformers import AutoTokenizer
 
 import prepare_data
@@ -421,6 +421,13 @@ def wait_for(path, process):
         time.sleep(0.01)
 
 
+def wait_until_gone(pids):
+    for _ in range(3000):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.01)
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_bytes_and_repeats_no_finished_source(
     three, tmp_path, small_tokenizer_dir
 ):
@@ -431,8 +438,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes_and_repeats_no_finishe
     for marker in (*markers, "progress/00002.json"):
         process = subprocess.Popen(command_of(tmp_path, small_tokenizer_dir, "out"), stderr=subprocess.DEVNULL)
         wait_for(unfinished / marker, process)
+        workers_of_it = children(process.pid)
         process.kill()
         process.wait()
+        wait_until_gone(workers_of_it)  # they hold the folder's lock until they notice
         assert not (tmp_path / "out").exists() or marker == "progress/00002.json"
     done = [path.name for path in sorted((unfinished / "progress").glob("*.json"))]
     if unfinished.exists():  # else the last kill came too late
