@@ -9,7 +9,9 @@ import math
 import re
 import shutil
 import threading
+import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +209,24 @@ def test_a_save_next_to_training_holds_its_step_whatever_training_changes_meanwh
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_no_thread_of_a_save_or_a_load_stays_that_would_slow_training(saver, tmp_path):
+    threads_of_a_kernel = torch.get_num_threads()
+    torch.set_num_threads(2)
+    tensors = {f"model.layers.{number}.weight": torch.zeros(100_000) for number in range(1000)}  # plans like a model's
+    tensors["optimizer.step.a"] = torch.tensor(0.0)
+    with saver(tensors) as beside:
+        torch.zeros(10**6).add_(1)  # now training's own threads exist
+        before = set(Path("/proc/self/task").iterdir())
+        beside.save(10, tensors, {"step": 10, "updates": 0, "fingerprints": {}}, wait=False)
+        beside.finish()
+        checkpoints.load(tmp_path / "run" / "step_000010", tensors, {})
+        deadline = time.monotonic() + 60
+        while set(Path("/proc/self/task").iterdir()) - before and time.monotonic() < deadline:
+            time.sleep(0.05)  # the save's thread is ending
+        assert not set(Path("/proc/self/task").iterdir()) - before
+    torch.set_num_threads(threads_of_a_kernel)
+
+
 def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp_path, saver, held, monkeypatch):
     monkeypatch.setattr(checkpoints, "LONG_WAIT", 0.1)
     tensors = {"model.a": torch.zeros(1000)}
@@ -218,18 +238,6 @@ def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp
         beside.finish()
     assert beside.log.said[1] == "step 20: waited 0 s for the save before it; raise SAVE_EVERY."
     assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
-
-
-def test_the_thread_of_a_save_ends_with_it(saver, held):
-    tensors = {"model.a": torch.zeros(1000)}
-    names = {thread.name for thread in threading.enumerate()}
-    with saver(tensors) as beside:
-        beside.save(10, tensors, {}, wait=False)
-        (writing,) = [thread for thread in threading.enumerate() if thread.name.startswith("save")]
-        held.set()
-        writing.join(60)
-        beside.finish()
-        assert beside.last_saved == 10 and {thread.name for thread in threading.enumerate()} <= names
 
 
 def test_the_last_save_is_written_from_the_same_copy_as_those_before_it(saver, monkeypatch):

@@ -109,8 +109,8 @@ def save(folder, step, tensors, state, keep, group=None):
     def write():
         # Copying ahead from a GPU would wait for the stream that trains, every 10 MB, also for copies in host memory.
         writer = dcp.FileSystemWriter(str(staging), per_thread_copy_ahead=0)
-        dcp.save(tensors, storage_writer=writer, process_group=group)  # each file is on the disk now
-        return manifest_entries(staging.glob(f"__{rank}_*"))
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=distributed.alone())
+        return manifest_entries(staging.glob(f"__{rank}_*"))  # dcp.save has put each file on the disk
 
     def finish():
         if rank == 0:
@@ -216,9 +216,12 @@ class Saver:
     """Saves a run's checkpoints in a thread of each rank, one at a time: a save waits for the one before it.
 
     A save beside training stops it only while its state is copied into host memory ("staged"). The collectives of the
-    thread have a gloo group of their own: those of training go on meanwhile, and must not mix with them. Each save has
-    a thread of its own. One that stayed would keep OpenMP threads of its own, and once those of a process are more than
-    the cores, libgomp's threads no longer spin while they wait for work: on a CPU each operation starts later then.
+    thread have a gloo group of their own: those of training go on meanwhile, and must not mix with them.
+
+    Nothing of a save may stay that has used OpenMP: each such thread keeps OpenMP threads of its own, and once those of
+    a process are more than the cores, libgomp's threads sleep instead of spin while they wait for work. Each operation
+    of training on a CPU starts later then; steps took half as long again. So each save has a thread of its own, which
+    ends with it, and a single rank saves and loads without collectives (`no_dist`): gloo's threads copy DCP's plans.
     """
 
     def __init__(self, args, beside, tensors, device, log, step):
@@ -509,7 +512,7 @@ def load(checkpoint, tensors, fingerprints):
                 f"{checkpoint}: {name} is {tuple(entries[name].size)}, the model's {tuple(tensor.shape)}. Move this "
                 "checkpoint away to continue from an earlier one, or name another --checkpoint-dir."
             )
-    dcp.load(tensors, storage_reader=reader)
+    dcp.load(tensors, storage_reader=reader, no_dist=distributed.alone())
     check_moments(checkpoint, tensors, stored["updates"])
     return stored
 

@@ -135,12 +135,17 @@ def end_with_launcher():
 # ==== What all ranks do together ====
 
 
+def alone():
+    """Return whether this process is the run's only rank."""
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
 def on_every_rank(value, group=None):
     """Return the list of every rank's `value` (any small picklable object), in rank order. All ranks must call it.
 
     group: the process group that carries it, of all ranks: in another thread than training's, one of its own.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if alone():
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
