@@ -1,6 +1,6 @@
 """How soon does a model learn? sft_v1.py against TRL: the same base, data, order and cores, for the same time.
 
-    python benchmarks/learning.py            about an hour on two quiet CPU cores
+    python benchmarks/learning.py            an hour and a half on two quiet CPU cores
     python benchmarks/learning.py --quick    one seed for a minute, for a look
 
 SmolLM2-135M-Instruct learns problems with one right answer (benchmarks/peer_problems.py: sums, legs of animals,
@@ -45,7 +45,8 @@ CALIBRATION_STEPS = 2  # optimizer steps of each setting; all but the first are 
 PROBLEMS = 1500  # of each generator to train on
 HELD_OUT = 50  # of each generator to be scored on
 CHATS = 400  # conversations of ShareGPT
-DOCUMENTS = 40  # of plain text, docstrings of Python's standard library
+VALIDATION = 12  # conversations of each source, for the held-out loss
+DOCUMENTS = 12  # of plain text, docstrings of Python's standard library
 QUICK = False  # one minute, one seed, two snapshots, 8 problems of each generator
 # ---- What is trained ----
 SEQUENCES_PER_STEP = 16  # sequences
@@ -218,7 +219,7 @@ def prepare(python, args):
     (WORK / "mixture.json").write_text(json.dumps(mixture))
     common.run(
         sys.executable, "prepare_data.py", "--base-model", common.base_folder(), "--max-seq-len", MAX_SEQ_LEN,
-        "--mixture", WORK / "mixture.json", "--data-dir", WORK / "data", "--validation-conversations", 50,
+        "--mixture", WORK / "mixture.json", "--data-dir", WORK / "data", "--validation-conversations", VALIDATION,
         "--decontaminate-against", "held_out", "--tasks-include-path", held_out,
     )  # fmt: skip
     command = [sys.executable, "resize_vocab.py", "--base-model", common.base_folder()]
