@@ -77,7 +77,7 @@ def ours_command(data, output, layout, steps, save_every):
     ranks, threads = layout
     chosen = {"sequences_per_step": SEQUENCES_PER_STEP, "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH}
     chosen |= {"learning_rate": LEARNING_RATE, "min_learning_rate": LEARNING_RATE, "compute_dtype": COMPUTE_DTYPE}
-    chosen |= {"save_every": save_every, "keep_checkpoints": 4 * SNAPSHOTS}
+    chosen |= {"save_every": save_every, "keep_checkpoints": 2 * SNAPSHOTS}
     arguments = common.trainer_arguments(data, WORK / "base", output, steps, **chosen)
     environment = os.environ | common.OFFLINE | {"OMP_NUM_THREADS": str(threads)}
     return [*common.TORCHRUN, str(ranks), "sft_v1.py", *arguments], environment
@@ -114,7 +114,7 @@ def train_ours(data, steps, name, layout, seconds, save_every):
 
 
 def export(checkpoint):
-    """Export a checkpoint of ours in float32 and remove it; return the HF folder (str)."""
+    """Export a checkpoint of ours in float32 and remove it, for the disk; return the HF folder (str)."""
     run, folder = Path(checkpoint).parent, f"{checkpoint}-exported"
     common.run(
         sys.executable, "export_hf.py", "--checkpoint-dir", run, "--resized-model", WORK / "base",
@@ -339,6 +339,7 @@ def race(python, args, chosen):
             name = f"{who}-{seed}".replace(" ", "-")
             if who == "ours":
                 run = train_ours(data, steps, name, layout, seconds, save_every)
+                run["snapshots"] = {step: export(checkpoint) for step, checkpoint in run["snapshots"].items()}
             else:
                 run = train_trl(python, data, steps, name, layout, seconds, save_every)
             runs[who].append(run)
@@ -405,8 +406,6 @@ def main(args):
     shutil.rmtree(data)
     print("chosen:", ", ".join(f"{who}: {name}" for who, (name, *_) in chosen.items()), flush=True)
     runs = race(python, args, chosen)
-    for run in runs["ours"]:
-        run["snapshots"] = {step: export(checkpoint) for step, checkpoint in run["snapshots"].items()}
     folders = [folder for found in runs.values() for run in found for folder in run["snapshots"].values()]
     scores = common.in_child(score, [str(WORK / "base"), *folders], DOCUMENTS)
     (WORK / "scores.json").write_text(json.dumps(scores))
