@@ -237,13 +237,14 @@ def train(data, base, ranks, threads, steps, **chosen):
         return steps_of(output)
 
 
-def peer(launcher, threads, chosen, *further, timeout=None):
-    """Return the figures that peer_train.py prints (dict). launcher: list, a Python and perhaps torchrun.
+def peer(python, processes, chosen, *further, timeout=None):
+    """Return the figures that peer_train.py prints (dict), run by `python` in `processes` that share the cores.
 
-    Raises: subprocess.TimeoutExpired after `timeout` seconds, if given.
+    chosen: dict of its flags; further: more arguments. Raises: subprocess.TimeoutExpired after `timeout` seconds.
     """
+    launcher = [python, *TORCHRUN[1:], processes] if processes > 1 else [python]
     command = (*launcher, "benchmarks/peer_train.py", *flags(chosen), *further)
-    printed = run(*command, env={"OMP_NUM_THREADS": str(threads)}, timeout=timeout)
+    printed = run(*command, env={"OMP_NUM_THREADS": str(CORES // processes)}, timeout=timeout)
     return json.loads(next(line for line in printed.splitlines() if line.startswith('{"step_seconds"')))
 
 

@@ -108,10 +108,7 @@ def peer(size, recipe, checkpointing):
         "--device": size["device"],
     }
     python = common.PEERS / "bin" / "python" if recipe == "trl" else sys.executable
-    launcher = [python, *common.TORCHRUN[1:], ranks] if ranks > 1 else [python]
-    figures = common.peer(
-        launcher, common.CORES // ranks, chosen, *["--checkpointing"] * checkpointing, timeout=ROW_SECONDS
-    )
+    figures = common.peer(python, ranks, chosen, *["--checkpointing"] * checkpointing, timeout=ROW_SECONDS)
     seconds = figures["step_seconds"][size["steps"] // 2 :]
     speed = sum(size["lengths"][size["steps"] // 2 * size["sequences"] :]) / sum(seconds)
     return {"ranks": ranks, "tokens_per_s": speed, "allocated_gib": figures["peak_gib"]}

@@ -68,19 +68,18 @@ TRL_SETTINGS = {  # (processes, sequences per forward, activation checkpointing)
     "TRL, micro-batch 2, 2 processes": (2, 2, False),
 }
 LARGEST_GAP = 0.01  # of a loss, relative, up to which a contender does the same training
-NEVER = 1_000_000  # steps after which no run saves
 STALL = re.compile(r"^saved step_(\d+) in [\d.]+ s; training stood still for ([\d.]+) s$", re.MULTILINE)
 
 
-def ours_command(data, output, layout, steps, save_every):
-    """Return (command, environment) of a run of sft_v1.py."""
-    ranks, threads = layout
-    chosen = {"sequences_per_step": SEQUENCES_PER_STEP, "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH}
-    chosen |= {"learning_rate": LEARNING_RATE, "min_learning_rate": LEARNING_RATE, "compute_dtype": COMPUTE_DTYPE}
-    chosen |= {"save_every": save_every, "keep_checkpoints": 2 * SNAPSHOTS}
-    arguments = common.trainer_arguments(data, WORK / "base", output, steps, **chosen)
-    environment = os.environ | common.OFFLINE | {"OMP_NUM_THREADS": str(threads)}
-    return [*common.TORCHRUN, str(ranks), "sft_v1.py", *arguments], environment
+def trainer_flags():
+    """Return the flags of sft_v1.py in every run (dict), besides common.TRAINER's."""
+    return {
+        "sequences_per_step": SEQUENCES_PER_STEP,
+        "tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH,
+        "learning_rate": LEARNING_RATE,
+        "min_learning_rate": LEARNING_RATE,
+        "compute_dtype": COMPUTE_DTYPE,
+    }
 
 
 def first_step_began(process, output):
@@ -97,8 +96,11 @@ def train_ours(data, steps, name, layout, seconds, save_every):
 
     Returns: {"minutes": of each step's end, "losses": of each, "snapshots": {step: checkpoint}}.
     """
-    output = WORK / f"run-{name}"
-    command, environment = ours_command(data, output, layout, steps, save_every)
+    output, (ranks, threads) = WORK / f"run-{name}", layout
+    chosen = trainer_flags() | {"save_every": save_every, "keep_checkpoints": 2 * SNAPSHOTS}
+    arguments = common.trainer_arguments(data, WORK / "base", output, steps, **chosen)
+    command = [*common.TORCHRUN, str(ranks), "sft_v1.py", *arguments]
+    environment = os.environ | common.OFFLINE | {"OMP_NUM_THREADS": str(threads)}
     with Path(f"{output}.log").open("w") as log, Path(f"{output}.err").open("w") as errors:
         process = subprocess.Popen(command, cwd=common.ROOT, env=environment, stdout=log, stderr=errors)
         began = first_step_began(process, output)
@@ -137,7 +139,6 @@ def train_trl(python, data, steps, name, layout, seconds, save_every):
 def peer(python, data, layout, steps, *further):
     """Return the figures of a run of peer_train.py."""
     processes, micro_batch, checkpointing = layout
-    launcher = [python, *common.TORCHRUN[1:], processes] if processes > 1 else [python]
     chosen = {
         "--data-dir": data,
         "--resized-model": WORK / "base",
@@ -149,7 +150,7 @@ def peer(python, data, layout, steps, *further):
         "--compute-dtype": COMPUTE_DTYPE,
     }
     further = [*further, "--checkpointing"] if checkpointing else further
-    return common.peer(launcher, common.CORES // processes, chosen, *further)
+    return common.peer(python, processes, chosen, *further)
 
 
 def minutes(seconds):
@@ -163,10 +164,7 @@ def calibrate(python, data):
     settings_of_all = OURS | TRL_SETTINGS
     for name, layout in settings_of_all.items():
         if name in OURS:
-            command, environment = ours_command(data, WORK / "calibration", layout, CALIBRATION_STEPS, NEVER)
-            common.run(*command, env=environment)
-            lines = common.steps_of(WORK / "calibration")
-            shutil.rmtree(WORK / "calibration")
+            lines = common.train(data, WORK / "base", *layout, CALIBRATION_STEPS, **trainer_flags())
             seconds, losses = [line["step_seconds"] for line in lines], [line["loss"] for line in lines]
         else:
             figures = peer(python, data, layout, CALIBRATION_STEPS)

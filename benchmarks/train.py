@@ -65,7 +65,6 @@ def ours(data, size, ranks, threads):
 
 def peer(python, data, size, processes, micro_batch, further):
     """Return the figures of a run of peer_train.py."""
-    launcher = [python, *common.TORCHRUN[1:], processes] if processes > 1 else [python]
     chosen = {
         "--data-dir": data,
         "--resized-model": FOLDER / "base",
@@ -75,7 +74,7 @@ def peer(python, data, size, processes, micro_batch, further):
         "--pad-to": size["cut"],
         "--short-cut": SHORT_CUT,
     }
-    return common.peer(launcher, common.CORES // processes, chosen, *further)
+    return common.peer(python, processes, chosen, *further)
 
 
 # ==== Inputs ====
