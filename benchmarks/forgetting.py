@@ -118,9 +118,9 @@ def export(run, name, *further):
 # ==== Measuring ====
 
 
-def losses(folder, texts, rows):
+def losses(folder, texts, rows, dtype=torch.float32):
     """Return (mean loss of each text, of each held-out conversation's answers), float64 arrays in nats per token."""
-    model = hf_folder.load_model(folder, "Run the benchmark again.", torch.float32)
+    model = hf_folder.load_model(folder, "Run the benchmark again.", dtype)
     tokenizer, means = AutoTokenizer.from_pretrained(common.BASE), []
     start = tokenizer.convert_tokens_to_ids(START_TOKEN)
     for text in texts:

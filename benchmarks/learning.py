@@ -1,6 +1,6 @@
 """How soon does a model learn? sft_v1.py against TRL: the same base, data, order and cores, for the same time.
 
-    python benchmarks/learning.py            an hour and a half on two quiet CPU cores
+    python benchmarks/learning.py            about 70 minutes on two quiet CPU cores
     python benchmarks/learning.py --quick    one seed for a minute, for a look
 
 SmolLM2-135M-Instruct learns problems with one right answer (benchmarks/peer_problems.py: sums, legs of animals,
@@ -22,13 +22,16 @@ Reads and writes benchmarks/work/learning/.
 """
 
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import common
@@ -194,7 +197,7 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs:
   until: ["<|im_end|>"]
   do_sample: false
-  max_gen_toks: 48
+  max_gen_toks: 24
 metric_list:
   - metric: exact_match
     aggregation: mean
@@ -240,15 +243,16 @@ def write_order(seed):
 # ==== Scores ====
 
 
-def score(folders, documents):
+def score(folders, documents, dtype):
     """Return {folder: its scores} by lm_eval and the losses, of models in HF folders; runs in its own process.
 
     Scores: "exact_match" of all held-out problems, "by_task" (dict), "held_out_loss" and "plain_text_loss", nats per
-    token, means of conversations and of `documents` of Python's docstrings.
+    token, means of conversations and of `documents` of Python's docstrings. dtype: str, in which the models compute.
     """
     import datasets
     import forgetting
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -261,12 +265,12 @@ def score(folders, documents):
     texts = texts[:: len(texts) // documents][:documents]
     scores = {}
     for folder in folders:
-        model = HFLM(str(folder), device="cpu", dtype="float32", batch_size=50)
+        model = HFLM(str(folder), device="cpu", dtype=dtype, batch_size=100)
         result = lm_eval.simple_evaluate(model, tasks=["held_out"], task_manager=tasks, apply_chat_template=True)
         by_task = {}
         for sample in result["samples"]["held_out"]:
             by_task.setdefault(sample["doc"]["task"], []).append(sample["exact_match"])
-        text, answers = forgetting.losses(folder, texts, rows)
+        text, answers = forgetting.losses(folder, texts, rows, getattr(torch, dtype))
         scores[folder] = {
             "exact_match": float(np.mean(np.concatenate(list(by_task.values())))),
             "by_task": {name: float(np.mean(hits)) for name, hits in by_task.items()},
@@ -275,6 +279,15 @@ def score(folders, documents):
         }
         print(f"{Path(folder).name}: {scores[folder]}", flush=True)
     return scores
+
+
+def score_all(folders):
+    """Return {folder: its scores}; each core scores its share of `folders`, in a process with one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    score_share = functools.partial(score, documents=DOCUMENTS, dtype=COMPUTE_DTYPE)
+    with ProcessPoolExecutor(common.CORES, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shares = pool.map(score_share, [folders[core :: common.CORES] for core in range(common.CORES)])
+        return {folder: scores for share in shares for folder, scores in share.items()}
 
 
 def curve(run, scores, before, key):
@@ -405,7 +418,7 @@ def main(args):
     print("chosen:", ", ".join(f"{who}: {name}" for who, (name, *_) in chosen.items()), flush=True)
     runs = race(python, args, chosen)
     folders = [folder for found in runs.values() for run in found for folder in run["snapshots"].values()]
-    scores = common.in_child(score, [str(WORK / "base"), *folders], DOCUMENTS)
+    scores = score_all([str(WORK / "base"), *folders])
     (WORK / "scores.json").write_text(json.dumps(scores))
     common.result(**summary(runs, scores, scores[str(WORK / "base")]))
 
