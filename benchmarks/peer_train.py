@@ -1,4 +1,4 @@
-"""Training by a peer, timed; benchmarks/train.py and gpu.py run it, for TRL in .venv-benchmarks.
+"""Training by a peer, timed; benchmarks/train.py, golden.py and gpu.py run it, for TRL in .venv-benchmarks.
 
     --recipe trl      TRL's SFTTrainer at MICRO_BATCH x ACCUMULATION
     --recipe padded   plain PyTorch and transformers: sequences padded to PAD_TO, logits and loss at every position
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from sft import settings
+from sft.training.schedule import Schedule
 
 # ---- Peer ----
 RECIPE = "trl"  # "trl" | "padded"
@@ -32,7 +33,10 @@ STEPS = 2  # optimizer steps
 MAX_SECONDS = 0.0  # TRL ends after the step that reaches them, counted from its first step; 0 = after STEPS
 MICRO_BATCH = 2  # sequences per forward and process
 ACCUMULATION = 16  # micro-batches per step and process
-LEARNING_RATE = common.TRAINER["--learning-rate"]  # fixed
+LEARNING_RATE = common.TRAINER["--learning-rate"]  # peak
+MIN_LEARNING_RATE = 0.0  # of TRL: end of the cosine as in sft_v1.py; 0 = the rate stays at the peak
+WARMUP_STEPS = 0  # of TRL: optimizer steps to the peak, as in sft_v1.py
+WEIGHT_DECAY = 0.01  # on matrices and embeddings
 PAD_TO = 2048  # tokens to which the recipe "padded" pads
 SHORT_CUT = 0  # tokens to which it pads a micro-batch that has no longer sequence
 PADDING_FREE = False  # TRL's option of that name
@@ -53,8 +57,14 @@ def train_trl(model, rows):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    schedule = Schedule(STEPS, LEARNING_RATE, MIN_LEARNING_RATE or LEARNING_RATE, WARMUP_STEPS)
+
     class Clock(TrainerCallback):
         ends = ()
+
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(state.global_step)
 
         def on_train_begin(self, *args, **kwargs):
             self.ends = [time.perf_counter()]
@@ -77,10 +87,10 @@ def train_trl(model, rows):
             padding_free=PADDING_FREE,
             gradient_checkpointing=CHECKPOINTING,
             learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
+            lr_scheduler_type="constant",  # Clock sets each step's rate: TRL's warm-up would begin at 0
             adam_beta1=0.9,
             adam_beta2=0.95,
-            weight_decay=0.01,
+            weight_decay=WEIGHT_DECAY,
             train_sampling_strategy="sequential",
             bf16=(MODEL_DTYPE, COMPUTE_DTYPE) == ("float32", "bfloat16"),
             use_cpu=DEVICE == "cpu",
@@ -120,7 +130,7 @@ def train_padded(model, rows):
     model.train().to(DEVICE)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, fused=True)
     seconds, losses, size = [], [], MICRO_BATCH * ACCUMULATION
     for step in range(STEPS):
