@@ -35,7 +35,7 @@ def measure():
     from torch.profiler import ProfilerActivity, profile
 
     torch.set_num_threads(1)
-    cpu.keep_memory()  # as a rank on a CPU does
+    cpu.set_up_memory()  # as a rank on a CPU does
     stored, rows, tokens = datasets.load_from_disk(FOLDER / "prepared")["train"].with_format("numpy"), [], 0
     for row in stored:
         if tokens + len(row["input_ids"]) <= TOKENS:

@@ -212,6 +212,22 @@ def test_each_unit_is_gathered_once_and_reduced_once_in_a_step_of_eight_micro_ba
     assert counts["per_micro_batch"] == {"allgather": 8 * (2 * units - 1), "reducescatter": 8 * units}
 
 
+def test_micro_batches_of_many_lengths_do_not_make_the_memory_of_a_bfloat16_run_grow(tmp_path):
+    longest, steps = 512, 40
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": longest}
+    write_base(tmp_path / "base", tiny_config(vocab_size=8192, **sizes))
+    lengths = np.geomspace(20, longest, 4 * steps).astype(int)
+    ids = [np.arange(length, dtype=np.uint16) for length in np.random.default_rng(0).permutation(lengths)]
+    data = write_data(tmp_path / "data", 8192, train=(ids, [np.ones(len(row), bool) for row in ids]))
+    edit_json(data / "report.json", max_seq_len=longest)
+    training = {"MAX_STEPS": steps, "SEQUENCES_PER_STEP": 4, "TOKENS_PER_MICRO_BATCH": 4 * longest}
+    rare = {"SAVE_EVERY": steps, "VALIDATE_EVERY": 0, "ACTIVATION_CHECKPOINTING": "off"}
+    trained(tmp_path, "run", 1, COMPUTE_DTYPE="bfloat16", **training, **rare)
+    highest = [json.loads(line)["allocated_gib"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert len(highest) == steps
+    assert highest[-1] < 1.15 * highest[4]  # with every kernel kept: 1.7
+
+
 # ---- A run of two steps in which much happens ----
 
 NEVER = 40_000  # a token that only one sequence has: its embedding is infinite

@@ -53,7 +53,7 @@ def join(device):
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=BACKSTOP, **rendezvous())
     else:
         device = torch.device("cpu")
-        cpu.keep_memory()
+        cpu.set_up_memory()
         dist.init_process_group("gloo", timeout=BACKSTOP, **rendezvous())
     check_links(device)
     machines, ranks = int(os.environ.get("GROUP_WORLD_SIZE", "1")), dist.get_world_size()
