@@ -202,6 +202,17 @@ def random_rows(lengths, vocabulary, seed=0):
     return [(rng.integers(0, vocabulary, n), np.arange(n) >= 0.268 * n) for n in lengths]
 
 
+def prepare(mixture, data, resized, max_seq_len, *further):
+    """Write the folders `data` and `resized` from the file `mixture` and the demo's base, with the suite's own scripts.
+
+    further: more arguments of prepare_data.py.
+    """
+    base = ["--base-model", base_folder()]
+    command = [sys.executable, "prepare_data.py", *base, "--mixture", mixture, "--max-seq-len", max_seq_len]
+    run(*command, "--data-dir", data, *further)
+    run(sys.executable, "resize_vocab.py", *base, "--data-dir", data, "--resized-model", resized)
+
+
 def write_inputs(folder, shape, lengths):
     """Write random weights and random sequences of `lengths`; return (base's folder, data's folder)."""
     base, data = folder / "base", folder / "data"

@@ -24,7 +24,6 @@ import io
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import common
@@ -68,11 +67,8 @@ def prepare(folder):
     """
     import datasets
 
-    base = ["--base-model", common.base_folder()]
-    command = [sys.executable, "prepare_data.py", *base, "--mixture", "demo/mixture.json", "--max-seq-len", MAX_SEQ_LEN]
-    common.run(*command, "--data-dir", folder / "prepared", *common.DECONTAMINATION_OFF)
-    command = [sys.executable, "resize_vocab.py", *base, "--data-dir", folder / "prepared"]
-    common.run(*command, "--resized-model", folder / "base")
+    folders = folder / "prepared", folder / "base"
+    common.prepare("demo/mixture.json", *folders, MAX_SEQ_LEN, *common.DECONTAMINATION_OFF)
     rows = datasets.load_from_disk(folder / "prepared")["train"].shuffle(seed=SHUFFLE_SEED).with_format("numpy")
     rows = [(row["input_ids"].astype(np.int64), row["assistant_masks"]) for row in rows]
     return list(itertools.islice(itertools.cycle(rows), STEPS * SEQUENCES_PER_STEP))

@@ -218,13 +218,9 @@ def prepare(python, args):
         {"name": "sharegpt", "path": str(common.sharegpt()), "schema": "conversations", "examples": CHATS},
     ]
     (WORK / "mixture.json").write_text(json.dumps(mixture))
-    common.run(
-        sys.executable, "prepare_data.py", "--base-model", common.base_folder(), "--max-seq-len", MAX_SEQ_LEN,
-        "--mixture", WORK / "mixture.json", "--data-dir", WORK / "data", "--validation-conversations", VALIDATION,
-        "--decontaminate-against", "held_out", "--tasks-include-path", held_out,
-    )  # fmt: skip
-    command = [sys.executable, "resize_vocab.py", "--base-model", common.base_folder()]
-    common.run(*command, "--data-dir", WORK / "data", "--resized-model", WORK / "base")
+    against = ["--decontaminate-against", "held_out", "--tasks-include-path", held_out]
+    files = WORK / "mixture.json", WORK / "data", WORK / "base"
+    common.prepare(*files, MAX_SEQ_LEN, "--validation-conversations", VALIDATION, *against)
 
 
 def write_order(seed):

@@ -87,11 +87,9 @@ def prepare():
     (FOLDER / "mixture.json").write_text(json.dumps([source]))
     for old in ("prepared", "base"):
         shutil.rmtree(FOLDER / old, ignore_errors=True)
-    command = [sys.executable, "prepare_data.py", "--base-model", common.base_folder()]
-    command += ["--max-seq-len", MAX_SEQ_LEN, "--mixture", FOLDER / "mixture.json", "--data-dir", FOLDER / "prepared"]
-    common.run(*command, "--validation-conversations", 1, *common.DECONTAMINATION_OFF)
-    command = [sys.executable, "resize_vocab.py", "--base-model", common.base_folder()]
-    common.run(*command, "--data-dir", FOLDER / "prepared", "--resized-model", FOLDER / "base")
+    folders = FOLDER / "prepared", FOLDER / "base"
+    validation = ["--validation-conversations", 1]
+    common.prepare(FOLDER / "mixture.json", *folders, MAX_SEQ_LEN, *validation, *common.DECONTAMINATION_OFF)
 
 
 def write_steps(size):

@@ -209,9 +209,16 @@ def test_a_save_next_to_training_holds_its_step_whatever_training_changes_meanwh
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_no_thread_of_a_save_or_a_load_stays_that_would_slow_training(saver, tmp_path):
-    threads_of_a_kernel = torch.get_num_threads()
+@pytest.fixture
+def two_threads():
+    """Let torch's kernels run on two threads."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_no_thread_of_a_save_or_a_load_stays_that_would_slow_training(saver, tmp_path, two_threads):
     tensors = {f"model.layers.{number}.weight": torch.zeros(100_000) for number in range(1000)}  # plans like a model's
     tensors["optimizer.step.a"] = torch.tensor(0.0)
     with saver(tensors) as beside:
@@ -224,7 +231,6 @@ def test_no_thread_of_a_save_or_a_load_stays_that_would_slow_training(saver, tmp
         while set(Path("/proc/self/task").iterdir()) - before and time.monotonic() < deadline:
             time.sleep(0.05)  # the save's thread is ending
         assert not set(Path("/proc/self/task").iterdir()) - before
-    torch.set_num_threads(threads_of_a_kernel)
 
 
 def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp_path, saver, held, monkeypatch):

@@ -426,6 +426,7 @@ def wait_until_gone(pids):
         if not any(Path(f"/proc/{pid}").exists() for pid in pids):
             return
         time.sleep(0.01)
+    raise AssertionError(f"Processes {pids} are still there after 30 seconds.")
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes_and_repeats_no_finished_source(

@@ -220,7 +220,7 @@ class Saver:
 
     Nothing of a save may stay that has used OpenMP: each such thread keeps OpenMP threads of its own, and once those of
     a process are more than the cores, libgomp's threads sleep instead of spin while they wait for work. Each operation
-    of training on a CPU starts later then; steps took half as long again. So each save has a thread of its own, which
+    of training on a CPU starts later then; steps took up to twice as long. So each save has a thread of its own, which
     ends with it, and a single rank saves and loads without collectives (`no_dist`): gloo's threads copy DCP's plans.
     """
 
