@@ -25,7 +25,8 @@ from sft.training import checkpoints, distributed, hardware
 def folder(tmp_path):
     for step in (1, 2, 3):
         tensors = {"model.a": torch.arange(1000.0) + step, "optimizer.step.a": torch.tensor(float(step))}
-        checkpoints.save(tmp_path / "run", step, tensors, {"step": step, "updates": step}, keep=2)
+        checkpoints.save(tmp_path / "run", step, tensors, {"step": step, "updates": step})
+        checkpoints.delete_old(tmp_path / "run", step, keep=2)
     return tmp_path / "run"
 
 
@@ -111,11 +112,12 @@ def test_fingerprints_of_another_version_are_one_phrase():
 # ---- The best one ----
 
 
-def save_steps(folder, losses, keep=2):
-    """Save step 10, 20, ... with these validation losses (None: not validated) and values, keeping `keep`."""
-    for number, loss in enumerate(losses, start=1):
+def save_steps(folder, losses, first=1):
+    """Save step 10 x `first` and on with these validation losses (None: not validated) and values, keeping two."""
+    for number, loss in enumerate(losses, start=first):
         tensors = {"model.a": torch.full((1000,), float(number))}
-        checkpoints.save(folder, 10 * number, tensors, {"step": 10 * number, "validation_loss": loss}, keep)
+        checkpoints.save(folder, 10 * number, tensors, {"step": 10 * number, "validation_loss": loss})
+        checkpoints.delete_old(folder, 10 * number, keep=2)
     return [path.name for path in checkpoints.listed(folder)]
 
 
@@ -123,9 +125,8 @@ def test_the_best_is_kept_next_to_the_last_k_until_a_better_one_comes(tmp_path):
     assert save_steps(tmp_path, [3.0, 2.0, 2.5, None, 2.0, None]) == ["step_000060", "step_000050", "step_000020"]
     assert checkpoints.best_whole(tmp_path).name == "step_000020"  # of two equal ones, the earlier
     assert checkpoints.best(tmp_path, 60) == {"checkpoint": "step_000020", "validation_loss": 2.0}
-    for number, loss in ((7, math.nan), (8, 1.9), (9, None), (10, None)):
-        checkpoints.save(tmp_path, 10 * number, {"model.a": torch.zeros(1)}, {"validation_loss": loss}, keep=2)
-    assert [path.name for path in checkpoints.listed(tmp_path)] == ["step_000100", "step_000090", "step_000080"]
+    names = save_steps(tmp_path, [math.nan, 1.9, None, None], first=7)
+    assert names == ["step_000100", "step_000090", "step_000080"]
 
 
 def test_a_damaged_best_is_skipped_aloud_and_steps_without_validation_have_none(tmp_path, capsys):
@@ -163,8 +164,8 @@ class Record:
 def saver(tmp_path, alone):
     """A function that starts a Saver of `tmp_path`/run for tensors, on this one rank."""
 
-    def start(tensors, beside=True):
-        args = {"CHECKPOINT_DIR": str(tmp_path / "run"), "KEEP_CHECKPOINTS": 9, "SAVE_EVERY": 10}
+    def start(tensors, beside=True, keep=9):
+        args = {"CHECKPOINT_DIR": str(tmp_path / "run"), "KEEP_CHECKPOINTS": keep, "SAVE_EVERY": 10}
         return checkpoints.Saver(args, beside, tensors, torch.device("cpu"), Record(), 0)
 
     return start
@@ -204,7 +205,7 @@ def test_a_save_next_to_training_holds_its_step_whatever_training_changes_meanwh
     assert json.loads((tmp_path / "run" / "run.json").read_text())["best"]["checkpoint"] == "step_000010"
     for step, change in ((10, 0), (20, 1)):
         wanted = {"model.a": torch.arange(1000.0) + change, "optimizer.step.a": torch.tensor(1.0 + change)}
-        checkpoints.save(tmp_path / "waiting", step, wanted, state, keep=9)
+        checkpoints.save(tmp_path / "waiting", step, wanted, state)
         ours, theirs = (next((tmp_path / run / f"step_0000{step}").glob("*.distcp")) for run in ("run", "waiting"))
         assert ours.read_bytes() == theirs.read_bytes()
 
@@ -243,6 +244,23 @@ def test_a_save_waits_for_the_one_before_it_and_says_so_when_that_takes_long(tmp
         assert (tmp_path / "run" / "step_000010").is_dir() and beside.last_saved == 10
         beside.finish()
     assert beside.log.said[1] == "step 20: waited 0 s for the save before it; raise SAVE_EVERY."
+    assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_the_new_one_counts(tmp_path, saver, monkeypatch):
+    tensors, plain = {"model.a": torch.zeros(1000)}, shutil.rmtree
+
+    def rmtree(path, *args, **kwargs):
+        if Path(path).name == "step_000010":
+            raise PermissionError(13, "Permission denied", str(path))
+        plain(path, *args, **kwargs)
+
+    with saver(tensors, keep=1) as beside:
+        beside.save(10, tensors, {"step": 10}, wait=True)
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        beside.save(20, tensors, {"step": 20}, wait=True)
+        assert beside.last_saved == 20 and beside.log.warning == ""
+    assert "WARNING: an old checkpoint stays" in beside.log.said[-1] and "step_000010" in beside.log.said[-1]
     assert checkpoints.latest_whole(tmp_path / "run").name == "step_000020"
 
 

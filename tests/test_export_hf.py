@@ -244,7 +244,7 @@ def make_checkpoint(folder, tied=True, harm=None, steps=(50, 100), drift=0.0, **
     for step in steps:
         numbers = {"step": step, "updates": step, "validation_loss": step / 50}
         moved = {name: tensor * (1 + drift * step) for name, tensor in tensors.items()}
-        checkpoints.save(folder / "checkpoints" / "sft_v1", step, moved, state | numbers, keep=9)
+        checkpoints.save(folder / "checkpoints" / "sft_v1", step, moved, state | numbers)
     return folder
 
 

@@ -398,7 +398,7 @@ def tampered(runs, two_ranks, alone, tmp_path):
     state, tensors = checkpoints.verify(whole), stored(whole)
 
     def load(new_tensors=tensors, new_metadata=None, **changes):
-        checkpoint = checkpoints.save(tmp_path, 20, new_tensors, state | changes, 3)
+        checkpoint = checkpoints.save(tmp_path, 20, new_tensors, state | changes)
         if new_metadata:
             poison(checkpoint, new_metadata)
         model = sft_model.load_model(runs / "base")

@@ -88,12 +88,11 @@ def write_run(folder, state):
 # ==== Saving ====
 
 
-def save(folder, step, tensors, state, keep, group=None):
-    """Write the checkpoint of `step` into `folder`; delete all but the latest `keep` and the best. All ranks call it.
+def save(folder, step, tensors, state, group=None):
+    """Write the checkpoint of `step` into `folder`. All ranks call it.
 
     tensors: flat dict of str to DTensor or tensor; each rank writes and hashes its own shards, nothing is gathered.
     state: dict for `state.json`; group: the process group of the collectives, None for the default one.
-    Folders of later steps are left alone and not counted: the run was not continued from them, so they are not whole.
     Returns: Path of the finished checkpoint. Raises: OSError, with the older checkpoints untouched, if a write fails.
     """
     final = Path(folder) / checkpoint_name(step)
@@ -118,7 +117,6 @@ def save(folder, step, tensors, state, keep, group=None):
             shutil.rmtree(final, ignore_errors=True)  # only ever one that failed verification
             staging.rename(final)
             system.durable(final.parent)
-            delete_old(folder, step, keep)
 
     try:
         distributed.together(prepare, group)
@@ -149,7 +147,10 @@ def seal(staging, state, entries):
 
 
 def delete_old(folder, step, keep):
-    """Delete the checkpoints up to `step`, but for the latest `keep` and the best."""
+    """Delete the checkpoints up to `step`, but for the latest `keep` and the best. Raises: OSError.
+
+    Folders of later steps are left alone and not counted: the run was not continued from them, so they are not whole.
+    """
     up_to_now = listed(folder, step)
     kept = {*up_to_now[:keep], *by_loss(up_to_now)[:1]}
     for path in up_to_now:
@@ -207,7 +208,7 @@ class Writing:
 
     step: int
     state: dict
-    future: Future  # of (Path of the checkpoint, time.perf_counter() at its end)
+    future: Future  # of what `Saver.write` returns
     start: float  # time.perf_counter()
     stopped: float = 0.0  # seconds for which training stood still
 
@@ -279,10 +280,20 @@ class Saver:
             self.report()
 
     def write(self, step, tensors, state):
-        """Write the checkpoint, after the record up to its step is on the disk. Runs in the thread."""
+        """Write the checkpoint, after the record up to its step is on the disk; delete old ones. Runs in the thread.
+
+        Returns: (its Path, time.perf_counter() at its end, why an old one could not be deleted: OSError or None).
+        """
         self.log.sync()
-        folder, keep = self.args["CHECKPOINT_DIR"], self.args["KEEP_CHECKPOINTS"]
-        return save(folder, step, tensors, state, keep, self.group), time.perf_counter()
+        folder, stays = self.args["CHECKPOINT_DIR"], None
+        path = save(folder, step, tensors, state, self.group)
+        end = time.perf_counter()
+        if dist.get_rank() == 0:
+            try:
+                delete_old(folder, step, self.args["KEEP_CHECKPOINTS"])
+            except OSError as error:
+                stays = error
+        return path, end, stays
 
     def check(self):
         """Report the write in flight if it has ended."""
@@ -299,7 +310,7 @@ class Saver:
         """Say what came of the write that has ended, and record in run.json which checkpoint is the best."""
         writing, self.writing = self.writing, None
         try:
-            path, end = writing.future.result()
+            path, end, stays = writing.future.result()
         except OSError as error:
             distributed.beside("")
             self.log.warn(f"no checkpoint since step {self.last_saved}")
@@ -310,6 +321,8 @@ class Saver:
         self.last_saved = writing.step
         self.log.warn("")
         self.log.say(f"saved {path} in {end - writing.start:.3f} s; training stood still for {writing.stopped:.3f} s")
+        if stays:
+            self.log.say(f"WARNING: an old checkpoint stays, and its bytes with it: {stays}")
         if writing.state.get("validation_loss") is not None:
             self.record_best(path.parent, writing)
 
