@@ -10,8 +10,8 @@ import pytest
 
 STORED = json.loads(golden.GOLDEN.read_text())
 STEPS = golden.WARMUP_STEPS + 1  # that are trained here; their rates are those of a longer run
-# Relative. Other kernels (torch's for AVX2 and for no vectors, TRL's operations) differ by up to 5e-6 in these steps. Of
-# the faults tried, weight decay on the norms, or none at all, shows least: 5e-5. A rate that is 1% too high: 3e-4.
+# Relative. Other kernels (torch's for AVX2 and for no vectors, TRL's operations) differ by 5e-6 at most in these steps.
+# Of the faults tried, weight decay on the norms, or none at all, shows least: 5e-5. A rate that is 1% too high: 3e-4.
 TOLERANCE = 2e-5
 LARGEST_GAP = 0.001  # relative, of a step from TRL's in float32
 MEAN_GAP = 0.01  # relative, from TRL in bfloat16, where single steps of a fitted model differ more
