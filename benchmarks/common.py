@@ -242,6 +242,7 @@ def steps_of(output):
 
 def train(data, base, ranks, threads, steps, **chosen):
     """Run sft_v1.py under torchrun on `ranks` with `threads` each; return a dict per step, from its metrics.jsonl."""
+    WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as output:
         arguments = trainer_arguments(data, base, output, steps, **chosen)
         run(*TORCHRUN, ranks, "sft_v1.py", *arguments, env={"OMP_NUM_THREADS": str(threads)})

@@ -20,7 +20,6 @@ The losses do not depend on time: the machine may do other work. Writes benchmar
 
 import hashlib
 import importlib.metadata
-import io
 import itertools
 import json
 import shutil
@@ -102,7 +101,6 @@ def ours(folder, dtype, steps):
     chosen = {"learning_rate": LEARNING_RATE, "min_learning_rate": MIN_LEARNING_RATE, "warmup_steps": WARMUP_STEPS}
     chosen |= {"weight_decay": WEIGHT_DECAY, "sequences_per_step": SEQUENCES_PER_STEP, "compute_dtype": dtype}
     chosen |= {"tokens_per_micro_batch": SEQUENCES_PER_STEP * MAX_SEQ_LEN, "device": "cpu", "prompts": ""}
-    common.WORK.mkdir(parents=True, exist_ok=True)
     lines = common.train(folder / "steps", folder / "base", 2, 1, steps, **chosen)
     return [line["loss"] for line in lines]
 
@@ -171,9 +169,7 @@ def draw(curves, path):
     below.set(xlabel="optimizer step", ylabel="relative difference")
     above.legend()
     below.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
-    system.write_whole(path, picture.getvalue())
+    figure.savefig(path, dpi=120)
 
 
 # ==== Main ====

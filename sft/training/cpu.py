@@ -1,4 +1,4 @@
-"""What makes a step fast on a CPU: attention from matmuls, and memory that the process keeps. A GPU uses none of it."""
+"""What a CPU needs: attention from matmuls, and memory that is kept but does not grow. A GPU uses none of it."""
 
 import os
 
