@@ -225,7 +225,7 @@ def test_micro_batches_of_many_lengths_do_not_make_the_memory_of_a_bfloat16_run_
     trained(tmp_path, "run", 1, COMPUTE_DTYPE="bfloat16", **training, **rare)
     highest = [json.loads(line)["allocated_gib"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert len(highest) == steps
-    assert highest[-1] < 1.15 * highest[4]  # with every kernel kept: 1.7
+    assert highest[-1] < 1.1 * highest[24]  # the caches are full by then; 1.03, with every kernel kept 1.19
 
 
 # ---- A run of two steps in which much happens ----

@@ -8,7 +8,7 @@ from sft import system
 
 # Kernels that the two caches of oneDNN hold; it multiplies bfloat16 matrices, and needs another kernel for each shape.
 # With its own 1024, micro-batches of many lengths add gigabytes over the first hundred steps.
-CACHED_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+CACHED_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 
 
 def set_up_memory():
