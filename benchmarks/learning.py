@@ -1,6 +1,6 @@
 """How soon does a model learn? sft_v1.py against TRL: the same base, data, order and cores, for the same time.
 
-    python benchmarks/learning.py            about 70 minutes on two quiet CPU cores
+    python benchmarks/learning.py            about 95 minutes on two quiet CPU cores
     python benchmarks/learning.py --quick    one seed for a minute, for a look
 
 SmolLM2-135M-Instruct learns problems with one right answer (benchmarks/peer_problems.py: sums, legs of animals,
@@ -40,7 +40,7 @@ import numpy as np
 from sft import settings
 
 # ---- Size ----
-MINUTES = 4.0  # of training, for each contender and seed
+MINUTES = 8.0  # of training, for each contender and seed
 SEEDS = 3  # orders of the sequences
 DEFAULT_SEEDS = 1  # of TRL at its default, the slowest
 SNAPSHOTS = 4  # of each run that are scored, evenly over its steps
